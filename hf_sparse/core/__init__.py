@@ -1,0 +1,1 @@
+"""The ground floor: block geometry, target layers, packing, reports. Imports torch and safetensors only."""

@@ -1,0 +1,237 @@
+"""What a model weighs and where its zeros are: a table per layer, from a model in memory or from a folder's headers."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from hf_sparse.core.blocks import BlockShape
+from hf_sparse.core.packing import MASK_SUFFIX, FormatError, LayerFormat, unpack_mask
+from hf_sparse.core.targets import find_stacks, is_linear, weight_view
+
+_ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """One layer of a `SparsityReport`.
+
+    Attributes:
+        name: module name.
+        shape: (O, I), output rows first.
+        block_shape: (h, w) in weights; (1, 1) for a dense layer, whose zeros are then counted one by one.
+        kept_blocks: blocks that are stored, or that are not zero.
+        total_blocks: blocks of the grid.
+        bytes: bytes of the weight as stored, bitmap included.
+        dense_bytes: bytes of the dense weight in the same dtype.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    block_shape: BlockShape
+    kept_blocks: int
+    total_blocks: int
+    bytes: int
+    dense_bytes: int
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of blocks removed, [0, 1]."""
+        return 1.0 - self.kept_blocks / self.total_blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparsityReport:
+    """What `report` returns.
+
+    Attributes:
+        layers: one `LayerReport` per linear inside the transformer layers (and per compressed layer elsewhere).
+        bytes: bytes of all tensors of the model as stored.
+        dense_bytes: bytes of all tensors if every layer were dense.
+    """
+
+    layers: list[LayerReport]
+    bytes: int
+    dense_bytes: int
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of weights removed over all `layers`, [0, 1]."""
+        total = sum(math.prod(layer.shape) for layer in self.layers)
+        kept = sum(math.prod(layer.shape) * (1.0 - layer.sparsity) for layer in self.layers)
+        return 1.0 - kept / total if total else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain numbers, lists and strings, ready for JSON."""
+        layers = [{**asdict(layer), "sparsity": layer.sparsity} for layer in self.layers]
+        return {"sparsity": self.sparsity, "bytes": self.bytes, "dense_bytes": self.dense_bytes, "layers": layers}
+
+    def __str__(self) -> str:
+        head = ("layer", "shape", "block", "kept", "of", "sparsity", "bytes")
+        rows = [
+            (
+                layer.name,
+                "x".join(map(str, layer.shape)),
+                "x".join(map(str, layer.block_shape)),
+                f"{layer.kept_blocks:,}",
+                f"{layer.total_blocks:,}",
+                f"{layer.sparsity:.2%}",
+                f"{layer.bytes:,}",
+            )
+            for layer in self.layers
+        ]
+        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+        lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
+                 for r in [head, *rows]]  # fmt: skip
+        share = self.bytes / self.dense_bytes if self.dense_bytes else 1.0
+        lines.append(
+            f"{len(self.layers)} layers, sparsity {self.sparsity:.2%}; "
+            f"whole model {self.bytes:,} of {self.dense_bytes:,} bytes ({share:.1%})"
+        )
+        return "\n".join(lines)
+
+
+def report(model_or_path: nn.Module | str | os.PathLike[str]) -> SparsityReport:
+    """Tell how sparse a model is and what it weighs, layer by layer.
+
+    Args:
+        model_or_path: a model (dense, in training under `SparseDistillTrainer`, or compressed), or a folder saved by
+            it. A compressed folder is read from its headers alone, without building the model.
+
+    Returns:
+        A `SparsityReport`; `str()` is a table.
+
+    Raises:
+        FileNotFoundError: if the folder, its config.json or its weights are missing.
+        FormatError: if a compressed folder is damaged.
+
+    Example:
+        >>> layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4, bias=False)) for _ in range(2))
+        >>> report(nn.ModuleDict({"encoder": layers})).layers[0].total_blocks
+        16
+    """
+    return (
+        _report_model(model_or_path) if isinstance(model_or_path, nn.Module) else _report_folder(Path(model_or_path))
+    )
+
+
+def _report_model(model: nn.Module) -> SparsityReport:
+    stacks = tuple(name + "." for name in find_stacks_or_compressed(model))
+    layers = []
+    for name, module in model.named_modules():
+        if hasattr(module, "weight" + MASK_SUFFIX):
+            layers.append(_compressed_layer(name, module.layer_format(), module.weight.element_size()))
+        elif is_linear(module) and name.startswith(stacks):
+            layers.append(_dense_layer(name, module))
+    tensors = {id(t): t for t in [*model.parameters(), *_persistent_buffers(model)]}
+    stored = sum(t.numel() * t.element_size() for t in tensors.values())
+    return SparsityReport(
+        layers=layers, bytes=stored, dense_bytes=stored + sum(x.dense_bytes - x.bytes for x in layers)
+    )
+
+
+def find_stacks_or_compressed(model: nn.Module) -> list[str]:
+    """Name the stacks of a model, whether its linears are dense or compressed already."""
+    names = list(find_stacks(model))
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and any(hasattr(m, "weight" + MASK_SUFFIX) for m in module.modules()):
+            names.append(name)
+    return names
+
+
+def _dense_layer(name: str, module: nn.Module) -> LayerReport:
+    weight = weight_view(module).detach()
+    size = weight.numel() * weight.element_size()
+    shape = (weight.shape[0], weight.shape[1])
+    mask = getattr(module, "block_mask", None)
+    if mask is not None:
+        block_shape = (shape[0] // mask.shape[0], shape[1] // mask.shape[1])
+        kept, total = int(mask.sum()), mask.numel()
+    else:
+        block_shape, kept, total = (1, 1), int(torch.count_nonzero(weight)), weight.numel()
+    return LayerReport(name=name, shape=shape, block_shape=block_shape, kept_blocks=kept, total_blocks=total,
+                       bytes=size, dense_bytes=size)  # fmt: skip
+
+
+def _compressed_layer(name: str, layer: LayerFormat, item_bytes: int) -> LayerReport:
+    return LayerReport(
+        name=name,
+        shape=layer.dense_shape,
+        block_shape=layer.block_shape,
+        kept_blocks=layer.kept,
+        total_blocks=layer.num_blocks,
+        bytes=math.prod(layer.values_shape) * item_bytes + layer.mask_bytes,
+        dense_bytes=math.prod(layer.dense_shape) * item_bytes,
+    )
+
+
+def _persistent_buffers(model: nn.Module) -> list[torch.Tensor]:
+    return [b for m in model.modules() for n, b in m.named_buffers(recurse=False)
+            if n not in m._non_persistent_buffers_set]  # fmt: skip
+
+
+def _report_folder(folder: Path) -> SparsityReport:
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json: expected the folder of a saved model.")
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FormatError(f"{config_file} is not JSON: {error}") from error
+    quantization = config.get("quantization_config") or {}
+    entries = quantization.get("modules", {}) if quantization.get("quant_method") == "hf_sparse" else {}
+    formats = {name: LayerFormat.from_dict(name, entry) for name, entry in entries.items()}
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no model*.safetensors file.")
+    layers, stored = [], 0
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as handle:
+                for key in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    layer, size = _stored_tensor(handle, key, formats, file)
+                    stored += size
+                    layers += [layer] if layer else []
+        except SafetensorError as error:
+            raise FormatError(f"{file} is not a whole safetensors file: {error}") from error
+    if missing := set(formats) - {layer.name for layer in layers}:
+        raise FormatError(f"{folder} lists {sorted(missing)[0]!r} in config.json but stores no weight for it.")
+    order = {name: i for i, name in enumerate(formats)}
+    layers.sort(key=lambda layer: (order.get(layer.name, len(order)), layer.name))
+    return SparsityReport(
+        layers=layers, bytes=stored, dense_bytes=stored + sum(x.dense_bytes - x.bytes for x in layers)
+    )
+
+
+def _stored_tensor(
+    handle: Any, key: str, formats: dict[str, LayerFormat], file: Path
+) -> tuple[LayerReport | None, int]:
+    view = handle.get_slice(key)
+    shape, item_bytes = tuple(view.get_shape()), _ITEM_BYTES.get(view.get_dtype(), 1)
+    size, name = math.prod(shape) * item_bytes, key.removesuffix(".weight")
+    if key.endswith(".weight") and name in formats:
+        layer = formats[name]
+        if shape != layer.values_shape:
+            raise FormatError(f"{file}: {key} has shape {list(shape)}, config.json says {list(layer.values_shape)}.")
+        try:
+            population = int(unpack_mask(handle.get_tensor(key + MASK_SUFFIX), layer.grid).sum())
+        except FormatError as error:
+            raise FormatError(f"{file}: {key + MASK_SUFFIX}: {error}") from error
+        if population != layer.kept:
+            raise FormatError(f"{file}: {key + MASK_SUFFIX} keeps {population} blocks, config.json says {layer.kept}.")
+        return _compressed_layer(name, layer, item_bytes), size
+    # A folder has no module tree: the 2-D weights inside numbered layers are its linears.
+    if not formats and len(shape) == 2 and key.endswith(".weight") and any(part.isdigit() for part in key.split(".")):
+        kept, total = int(torch.count_nonzero(handle.get_tensor(key))), math.prod(shape)
+        layer_report = LayerReport(name=name, shape=shape, block_shape=(1, 1), kept_blocks=kept, total_blocks=total,
+                                   bytes=size, dense_bytes=size)  # fmt: skip
+        return layer_report, size
+    return None, size

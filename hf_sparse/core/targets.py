@@ -1,0 +1,146 @@
+"""Which linear layers are pruned, found from the structure of a model and never from its class name.
+
+A transformer is a stack: an `nn.ModuleList` whose entries are modules of one class with linear layers inside. The
+outermost such lists are the stacks; the linears inside them are the default targets. Embeddings, poolers and heads
+stand outside a stack and are therefore left alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+from torch import Tensor, nn
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Tell whether a module is the `Conv1D` of transformers (GPT-2): a linear whose weight is stored [in, out]."""
+    return any(
+        cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils" for cls in type(module).__mro__
+    )
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Tell whether a module is a plain linear layer that can be pruned and replaced.
+
+    Subclasses of `nn.Linear` are left alone: they compute something else, or (as inside `nn.MultiheadAttention`)
+    somebody reads their weight without calling them.
+    """
+    return type(module) is nn.Linear or is_conv1d(module)
+
+
+def weight_view(module: nn.Module) -> Tensor:
+    """Give the weight of a linear as [O, I]: output rows first, for `Conv1D` as well. Shares memory."""
+    return module.weight.t() if is_conv1d(module) else module.weight
+
+
+def find_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Find the stacks of repeated transformer layers.
+
+    Returns:
+        {name: list}, in the model's own order: "bert.encoder.layer" for BERT, "encoder.block" and "decoder.block"
+        for T5, "model.layers" for Llama.
+    """
+    stacks: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inside_a_stack = any(name.startswith(stack + ".") for stack in stacks)
+        if isinstance(module, nn.ModuleList) and len(module) and not inside_a_stack:
+            one_class = len({type(child) for child in module}) == 1
+            # A list of bare linears is a set of heads, not a stack of layers.
+            holds_linears = all(any(is_linear(m) for m in child.modules() if m is not child) for child in module)
+            if one_class and holds_linears:
+                stacks[name] = module
+    return stacks
+
+
+def find_targets(
+    model: nn.Module, target_modules: str | None = None, exclude_modules: str | None = None
+) -> dict[str, nn.Module]:
+    """Choose the linear layers to prune.
+
+    Args:
+        model: any module tree.
+        target_modules: regular expression that has to match the whole module name (as in PEFT). None takes every
+            linear inside the stacks that `find_stacks` finds.
+        exclude_modules: regular expression, whole name; what it matches is left out.
+
+    Returns:
+        {name: module}, in the model's own order, at least one entry.
+
+    Raises:
+        ValueError: if a pattern is no regular expression, if one matches nothing, or if `target_modules` picks a
+            layer whose weight is shared with another module.
+
+    Example:
+        >>> layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(2))
+        >>> list(find_targets(nn.ModuleDict({"encoder": layers, "head": nn.Linear(4, 2)})))
+        ['encoder.0.0', 'encoder.1.0']
+    """
+    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+    if not linears:
+        raise ValueError(
+            f"{type(model).__name__} has no nn.Linear or Conv1D layer, so there is nothing to prune. "
+            f"Is it compressed already? hf_sparse.decompress(model) gives plain linears back."
+        )
+    shared = _shared_linears(model, linears)
+    if target_modules is None:
+        stacks = find_stacks(model)
+        if not stacks:
+            raise ValueError(
+                f"{type(model).__name__} has no nn.ModuleList of repeated layers, so the layers to prune cannot be "
+                f"found by themselves. Name them with target_modules; the first linears are {_first(linears)}."
+            )
+        targets = {n: m for n, m in linears.items() if n not in shared and any(n.startswith(s + ".") for s in stacks)}
+    else:
+        pattern = compile_pattern("target_modules", target_modules)
+        targets = {n: m for n, m in linears.items() if pattern.fullmatch(n)}
+        if not targets:
+            raise ValueError(
+                f"target_modules={target_modules!r} matches none of the {len(linears)} linear layers "
+                f"(the whole name has to match). The first are {_first(linears)}."
+            )
+    if exclude_modules is not None:
+        pattern = compile_pattern("exclude_modules", exclude_modules)
+        excluded = [n for n in targets if pattern.fullmatch(n)]
+        if not excluded:
+            raise ValueError(
+                f"exclude_modules={exclude_modules!r} matches none of the {len(targets)} target layers "
+                f"(the whole name has to match). The first are {_first(targets)}."
+            )
+        targets = {n: m for n, m in targets.items() if n not in set(excluded)}
+        if not targets:
+            raise ValueError(f"exclude_modules={exclude_modules!r} leaves no layer to prune.")
+    if tied := [n for n in targets if n in shared]:
+        raise ValueError(
+            f"target_modules={target_modules!r} picks {_first(tied)}, whose weight is shared with another module; "
+            f"pruning it would prune that module too. Leave it out with exclude_modules."
+        )
+    return targets
+
+
+def compile_pattern(field: str, pattern: str) -> re.Pattern[str]:
+    """Compile a regular expression of a config field; the error names the field.
+
+    Example:
+        >>> compile_pattern("target_modules", "(")
+        Traceback (most recent call last):
+        ...
+        ValueError: target_modules='(' is not a regular expression: missing ), unterminated subpattern at position 0
+    """
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{field}={pattern!r} is not a regular expression: {error}") from error
+
+
+def _shared_linears(model: nn.Module, linears: dict[str, nn.Module]) -> set[str]:
+    owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    # Inside from_pretrained the tie is a list of names and the parameters are not yet one object.
+    declared = getattr(model, "all_tied_weights_keys", None) or {}
+    names = {key.removesuffix(".weight") for pair in dict(declared).items() for key in pair}
+    return {name for name, m in linears.items() if owners[id(m.weight)] > 1 or name in names}
+
+
+def _first(names: object, count: int = 3) -> str:
+    listed = list(names)  # type: ignore[call-overload]
+    return ", ".join(listed[:count]) + (f" and {len(listed) - count} more" if len(listed) > count else "")
