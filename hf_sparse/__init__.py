@@ -3,3 +3,67 @@
 Importing this package registers the checkpoint format with transformers, so that plain `from_pretrained` reads
 compressed models. The trainer loads on first use: it costs seconds that a serving process need not pay.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from hf_sparse.core.packing import FormatError
+from hf_sparse.core.report import report
+from hf_sparse.inference.compress import compress, decompress
+from hf_sparse.inference.linear import BlockSparseLinear
+from hf_sparse.inference.loading import BlockSparseConfig, load_dense, register
+from hf_sparse.version import __version__
+
+if TYPE_CHECKING:
+    from hf_sparse.training.config import SparseDistillConfig
+    from hf_sparse.training.distill import distillation_loss
+    from hf_sparse.training.graft import graft
+    from hf_sparse.training.masks import BlockMasks
+    from hf_sparse.training.penalty import group_lasso
+    from hf_sparse.training.schedules import plan_step
+    from hf_sparse.training.trainer import SparseDistillTrainer
+
+_LAZY = {
+    "SparseDistillConfig": "hf_sparse.training.config",
+    "SparseDistillTrainer": "hf_sparse.training.trainer",
+    "BlockMasks": "hf_sparse.training.masks",
+    "distillation_loss": "hf_sparse.training.distill",
+    "graft": "hf_sparse.training.graft",
+    "group_lasso": "hf_sparse.training.penalty",
+    "plan_step": "hf_sparse.training.schedules",
+}
+
+__all__ = [
+    "BlockMasks",
+    "BlockSparseConfig",
+    "BlockSparseLinear",
+    "FormatError",
+    "SparseDistillConfig",
+    "SparseDistillTrainer",
+    "compress",
+    "decompress",
+    "distillation_loss",
+    "graft",
+    "group_lasso",
+    "load_dense",
+    "plan_step",
+    "report",
+    "__version__",
+]
+
+register()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    # Kept, so that the next look-up does not come here.
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 
 from torch import Tensor, nn
+
+from hf_sparse.core.blocks import BlockShape, resolve_block_shape
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -116,6 +119,49 @@ def find_targets(
             f"pruning it would prune that module too. Leave it out with exclude_modules."
         )
     return targets
+
+
+def assign_block_shapes(
+    targets: Mapping[str, nn.Module], block_shape: BlockShape, overrides: Mapping[str, BlockShape] | None = None
+) -> dict[str, BlockShape]:
+    """Give every target its block shape, with -1 resolved.
+
+    Args:
+        targets: {name: linear}.
+        block_shape: (h, w) of every layer that no override names; may hold -1.
+        overrides: {regular expression of whole names: (h, w)}.
+
+    Returns:
+        {name: (h, w)}, both positive, in the order of `targets`.
+
+    Raises:
+        ValueError: if a shape does not tile its layer, an override matches no target, or two with different shapes
+            match one.
+
+    Example:
+        >>> assign_block_shapes({"q": nn.Linear(8, 4), "k": nn.Linear(8, 4)}, (4, 1), {"k": (1, -1)})
+        {'q': (4, 1), 'k': (1, 8)}
+    """
+    patterns = {p: compile_pattern("block_overrides", p) for p in overrides or {}}
+    for pattern, compiled in patterns.items():
+        if not any(compiled.fullmatch(name) for name in targets):
+            raise ValueError(
+                f"block_overrides pattern {pattern!r} matches none of the {len(targets)} target layers "
+                f"(the whole name has to match). The first are {_first(targets)}."
+            )
+    shapes = {}
+    for name, module in targets.items():
+        matching = {p: (overrides or {})[p] for p, compiled in patterns.items() if compiled.fullmatch(name)}
+        if len(set(map(tuple, matching.values()))) > 1:
+            raise ValueError(
+                f"block_overrides give {name} more than one shape: {matching}. Make the patterns disjoint."
+            )
+        rows, cols = weight_view(module).shape
+        try:
+            shapes[name] = resolve_block_shape(next(iter(matching.values()), block_shape), (rows, cols))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return shapes
 
 
 def compile_pattern(field: str, pattern: str) -> re.Pattern[str]:

@@ -1,0 +1,1 @@
+"""Publishing with evidence: recorded facts, the model card rendered from them, the push to the Hub."""

@@ -1,0 +1,155 @@
+"""The model card: README.md rendered from recorded facts and from nothing else.
+
+The facts lie beside it as `hf_sparse_card.json`, so that a card can be rendered again. The last line of a rendered
+card is a digest of the text above it: it tells a card that somebody edited by hand from one that nobody did.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from functools import cache
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCardData
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+
+from hf_sparse.core.files import atomic_folder
+from hf_sparse.hub.facts import FACTS_FILE, CardFacts, read_facts
+from hf_sparse.hub.filters import FILTERS, is_hub_id
+
+CARD_FILE = "README.md"
+TAGS = ("hf_sparse", "block-sparse", "pruned")
+
+_DIGEST_LINE = "<!-- rendered by hf_sparse from hf_sparse_card.json, sha256 of the text above: {} -->\n"
+_DIGEST_PATTERN = re.compile(re.escape(_DIGEST_LINE).replace(r"\{\}", "([0-9a-f]{64})"))
+
+
+def render_card(facts: CardFacts) -> str:
+    """Render a model card.
+
+    Args:
+        facts: what was recorded; a fact that was not is left out of the card or called "not measured".
+
+    Returns:
+        Markdown under a YAML header that the Hub accepts; the same text for the same facts.
+
+    Raises:
+        FormatError: if a fact has the wrong type or range.
+
+    Example:
+        >>> render_card(CardFacts(name="tiny", save_format="dense")).splitlines()[1]
+        'library_name: transformers'
+    """
+    facts = CardFacts.from_dict(facts.to_dict())
+    body = re.sub(r"\n{3,}", "\n\n", _template().render(facts=facts))
+    text = f"---\n{card_metadata(facts).to_yaml()}\n---\n\n{body.strip()}\n\n"
+    return text + _DIGEST_LINE.format(_digest(text))
+
+
+def card_metadata(facts: CardFacts) -> ModelCardData:
+    """Give the YAML header: the part of the facts that the Hub searches, filters and plots.
+
+    A base model that is a local folder and a result without task or data set have no place in it and are left out.
+    """
+    results = _eval_results(facts)
+    base_model = facts.base_model if facts.base_model and is_hub_id(facts.base_model) else None
+    data = ModelCardData(
+        base_model=base_model,
+        library_name="hf_sparse" if facts.save_format == "compressed" else "transformers",
+        license=facts.license,
+        language=facts.language,
+        pipeline_tag=facts.task,
+        tags=list(TAGS),
+        datasets=[facts.data.hub_id] if facts.data and facts.data.hub_id else None,
+        metrics=list(dict.fromkeys(metric.type for metric in facts.metrics)) or None,
+        model_name=facts.name if results else None,
+        eval_results=results or None,
+    )
+    if base_model:
+        data["base_model_relation"] = "finetune"
+    return data
+
+
+def write_card(folder: str | os.PathLike[str], facts: CardFacts, keep_edited: bool = False) -> Path:
+    """Write README.md and, beside it, the facts that it was rendered from.
+
+    Args:
+        folder: the model folder; made if missing.
+        facts: what was recorded.
+        keep_edited: refuse to overwrite a README.md that somebody wrote or edited by hand.
+
+    Returns:
+        Path of the card.
+
+    Raises:
+        FormatError: if a fact has the wrong type or range.
+        FileExistsError: with `keep_edited`, if README.md is not as it was rendered.
+        OSError: if the folder cannot be written.
+    """
+    card, text = Path(folder) / CARD_FILE, render_card(facts)
+    if keep_edited and card.exists() and not is_rendered(card.read_text(encoding="utf-8")):
+        raise FileExistsError(f"{card} was written or edited by hand and would be lost.")
+    with atomic_folder(folder) as staging:
+        (staging / CARD_FILE).write_text(text, encoding="utf-8")
+        (staging / FACTS_FILE).write_text(facts.to_json(), encoding="utf-8")
+    return card
+
+
+def facts_from_folder(folder: str | os.PathLike[str]) -> CardFacts:
+    """Read the facts recorded in a model folder.
+
+    Raises:
+        FileNotFoundError: if the folder holds none.
+        FormatError: if they are damaged; names the file and the fact.
+    """
+    return read_facts(Path(folder) / FACTS_FILE)
+
+
+def is_rendered(text: str) -> bool:
+    """Tell whether a card is, to the letter, as `render_card` (of any version) left it.
+
+    Example:
+        >>> card = render_card(CardFacts(name="tiny", save_format="dense"))
+        >>> is_rendered(card), is_rendered(card.replace("tiny", "huge"))
+        (True, False)
+    """
+    found = list(_DIGEST_PATTERN.finditer(text))
+    return bool(found) and found[-1].end() == len(text) and found[-1][1] == _digest(text[: found[-1].start()])
+
+
+def _eval_results(facts: CardFacts) -> list[EvalResult]:
+    if not (facts.task and facts.data):
+        return []
+    data = facts.data
+    return [
+        EvalResult(
+            task_type=facts.task,
+            dataset_type=data.hub_id or re.sub(r"[^a-z0-9]+", "-", data.name.lower()).strip("-"),
+            dataset_name=data.name,
+            dataset_config=data.config,
+            dataset_split=data.eval_split,
+            metric_type=metric.type,
+            metric_name=metric.name,
+            metric_value=metric.value,
+        )
+        for metric in facts.metrics
+    ]
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("hf_sparse.hub", "templates"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,
+    )
+    environment.filters.update(FILTERS)
+    return environment.get_template("model_card.md")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()

@@ -1,0 +1,245 @@
+"""What is known about a pruned model: facts recorded where they were measured, kept as JSON beside the model.
+
+A fact that was not recorded is None or empty, and the card then says so; nothing here has a made-up default.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal
+
+from hf_sparse.core.packing import FormatError
+from hf_sparse.core.report import LayerReport
+from hf_sparse.hub.checked import read_dataclass
+
+FACTS_FILE = "hf_sparse_card.json"
+
+# What decides how a run learns. It lists what may be told: training arguments hold tokens and paths as well.
+_LEARNING_FIELDS = (
+    "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "lr_scheduler_type", "warmup_steps",
+    "optim", "bf16", "fp16", "tf32", "label_smoothing_factor", "torch_compile",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFacts:
+    """The data that the model was trained and measured on.
+
+    Attributes:
+        name: for people to read, such as "GLUE SST-2".
+        hub_id: dataset id on the Hub; None for data that is not there.
+        config: name of the dataset configuration.
+        train_split, eval_split: names of the splits.
+        train_rows, eval_rows: rows used.
+        note: anything a reader needs, such as where the text came from and how it was split.
+    """
+
+    name: str
+    hub_id: str | None = None
+    config: str | None = None
+    train_split: str | None = None
+    eval_split: str | None = None
+    train_rows: int | None = None
+    eval_rows: int | None = None
+    note: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricFacts:
+    """One metric of the pruned model beside the dense teacher, by the same script.
+
+    Attributes:
+        type: metric id as the Hub knows it, such as "accuracy".
+        value: score of the pruned model.
+        dense_value: score of the dense teacher; None if it was not measured.
+        name: for people to read; None shows `type`.
+    """
+
+    type: str
+    value: float
+    dense_value: float | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyFacts:
+    """One measured latency.
+
+    Attributes:
+        batch, length: rows and tokens of the input.
+        ms: median milliseconds of the pruned model.
+        dense_ms: the same for the dense model, in the same run; None if it was not measured.
+        engine, dense_engine: what ran the two models.
+        dtype: data type of the arithmetic.
+        threads: CPU threads; None on a GPU.
+        hardware: the machine.
+        command: what to type to measure it again.
+    """
+
+    batch: int
+    length: int
+    ms: float
+    dense_ms: float | None = None
+    engine: str
+    dense_engine: str | None = None
+    dtype: str | None = None
+    threads: int | None = None
+    hardware: str
+    command: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostFacts:
+    """What the training cost.
+
+    Attributes:
+        steps: optimizer steps.
+        seconds: wall-clock seconds.
+        hardware: the machine.
+        note: what the numbers leave out, such as the fine-tuning of the teacher.
+    """
+
+    steps: int
+    seconds: float
+    hardware: str
+    note: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """Everything that a model card tells. Only `name` and `save_format` are required.
+
+    Attributes:
+        name: name of the model, the title of the card.
+        save_format: "compressed" or "dense", how the weights are stored in the folder.
+        repo_id: where the model is published, for the loading example.
+        base_model: Hub id (or path) of the model that was pruned.
+        license, language: as in Hub metadata; language is an ISO code.
+        task: pipeline tag, such as "text-classification".
+        auto_class: class that loads the model, such as "AutoModelForSequenceClassification".
+        teacher: what the student learned from, in words.
+        data: see `DataFacts`.
+        recipe: config fields that differ from their default.
+        block_shape: (h, w) as asked, may hold -1; layers with another one say so in `layers`.
+        sparsity_asked, sparsity_reached: fractions of blocks removed, [0, 1).
+        layers: `report(model).layers`.
+        metrics: see `MetricFacts`.
+        eval_command: the one script that measured student and teacher.
+        file_bytes, dense_file_bytes: bytes of the weight files, pruned and dense.
+        latency: see `LatencyFacts`.
+        cost: see `CostFacts`.
+        seed: random seed of the training.
+        versions: package -> version.
+        limits: what the model must not be trusted with, one sentence each.
+    """
+
+    name: str
+    save_format: Literal["compressed", "dense"]
+    repo_id: str | None = None
+    base_model: str | None = None
+    license: str | None = None
+    language: str | None = None
+    task: str | None = None
+    auto_class: str | None = None
+    teacher: str | None = None
+    data: DataFacts | None = None
+    recipe: dict[str, Any] = field(default_factory=dict)
+    block_shape: tuple[int, int] | None = None
+    sparsity_asked: float | None = None
+    sparsity_reached: float | None = None
+    layers: tuple[LayerReport, ...] = ()
+    metrics: tuple[MetricFacts, ...] = ()
+    eval_command: str | None = None
+    file_bytes: int | None = None
+    dense_file_bytes: int | None = None
+    latency: tuple[LatencyFacts, ...] = ()
+    cost: CostFacts | None = None
+    seed: int | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    limits: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the JSON form; facts that were not recorded are left out."""
+        return {name: value for name, value in asdict(self).items() if value not in (None, (), {})}
+
+    def to_json(self) -> str:
+        """Give the text of the facts file."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CardFacts:
+        """Check and read the JSON form.
+
+        Raises:
+            FormatError: if a key is missing or unknown, or a value has the wrong type or range; names the fact.
+
+        Example:
+            >>> CardFacts.from_dict({"name": "tiny", "save_format": "dense", "seed": 3}).seed
+            3
+            >>> CardFacts.from_dict({"name": "tiny", "save_format": "dense", "seed": "3"})
+            Traceback (most recent call last):
+            ...
+            hf_sparse.core.packing.FormatError: seed='3' must be int.
+        """
+        if isinstance(data, Mapping) and isinstance(data.get("layers"), list):
+            # SparsityReport.to_dict() adds a layer's sparsity for its readers; it follows from the other numbers.
+            layers = [
+                {k: v for k, v in x.items() if k != "sparsity"} if isinstance(x, dict) else x for x in data["layers"]
+            ]
+            data = {**data, "layers": layers}
+        facts = read_dataclass(cls, data)
+        for name in ("sparsity_asked", "sparsity_reached"):
+            value = getattr(facts, name)
+            if value is not None and not 0.0 <= value < 1.0:
+                raise FormatError(f"{name}={value!r} must be in [0, 1).")
+        if facts.auto_class is not None and not facts.auto_class.isidentifier():
+            raise FormatError(f"auto_class={facts.auto_class!r} must be the name of a class.")
+        return facts
+
+
+def read_facts(file: str | os.PathLike[str]) -> CardFacts:
+    """Read a facts file.
+
+    Raises:
+        FileNotFoundError: if it is missing.
+        FormatError: if it is not JSON or holds a wrong fact; names the file.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file} is missing: the card is rendered from it and from nothing else. SparseDistillTrainer writes it "
+            f"beside the model; hf_sparse.hub.card.write_card does so for other training loops."
+        )
+    try:
+        return CardFacts.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    except FormatError as error:
+        raise FormatError(f"{file}: {error}") from error
+    except ValueError as error:
+        raise FormatError(f"{file} is not JSON: {error}") from error
+
+
+def recipe_facts(config: Any) -> dict[str, Any]:
+    """Give the fields of a training config that differ from their default: those of hf_sparse, and those of learning.
+
+    Args:
+        config: a `SparseDistillConfig`.
+
+    Returns:
+        {field: plain value}, in the order of the config. Tokens, paths and logging fields are never among them.
+    """
+    own = {
+        name for cls in type(config).__mro__ if cls.__module__.startswith("hf_sparse.") for name in cls.__annotations__
+    }
+    recipe = {}
+    for spec in fields(config):
+        value, default = getattr(config, spec.name), spec.metadata.get("default", spec.default)
+        value, default = (x.value if isinstance(x, Enum) else x for x in (value, default))
+        if spec.name in own | set(_LEARNING_FIELDS) and value != default:
+            recipe[spec.name] = value
+    return recipe

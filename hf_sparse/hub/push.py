@@ -1,0 +1,136 @@
+"""A model folder published on the Hub: checked before, whole after, explained when it is refused."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+from hf_sparse.core.report import report
+
+# State of a training run, of no use to who loads the model; training_args.bin is a pickle besides.
+TRAINING_STATE = (
+    "checkpoint-*/**",
+    ".saving-*/**",
+    "training_args.bin",
+    "optimizer.*",
+    "scheduler.pt",
+    "scaler.pt",
+    "rng_state*.pth",
+    "trainer_state.json",
+    "sparsity_state.safetensors",
+)
+
+# What an earlier push left under other names would be loaded in place of the new weights.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model-*-of-*.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+class PushError(RuntimeError):
+    """The Hub could not be reached or refused. The message says why and the way out; local files are as they were."""
+
+
+def push_folder(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | None = None,
+    message: str | None = None,
+    endpoint: str | None = None,
+) -> str:
+    """Publish a model folder: weights, tokenizer, card and everything else in it but the state of training.
+
+    Weight files that an earlier push left in the repository and that this folder does not have are removed from it.
+
+    Args:
+        folder: a folder saved by `save_pretrained` or by the trainer, compressed or dense.
+        repo_id: "namespace/name"; a bare name goes to the namespace of the token.
+        private: create the repository as a private one.
+        revision: branch to push to, made if missing; None is the main branch.
+        create_pr: open a pull request instead of pushing; the repository has to exist.
+        token: access token; None takes HF_TOKEN or the one that `hf auth login` stored.
+        message: title of the commit or pull request.
+        endpoint: address of the Hub; None takes HF_ENDPOINT or the public one.
+
+    Returns:
+        Address of the repository, branch or pull request.
+
+    Raises:
+        FileNotFoundError: if the folder is not that of a model.
+        FormatError: if the folder is a damaged one.
+        ValueError: if there is no token, for `create_pr` together with `revision` or a bare name, and for `private`
+            where the repository exists and is public.
+        PushError: if the Hub cannot be reached or refuses.
+    """
+    report(folder)
+    token = token or get_token()
+    if token is None:
+        raise ValueError(
+            "There is no access token for the Hub: run `hf auth login`, or set HF_TOKEN, or pass a token."
+        )
+    if create_pr and (revision is not None or "/" not in repo_id):
+        raise ValueError(
+            f"create_pr opens a pull request against the main branch of an existing repository: leave revision "
+            f"({revision!r}) out and name the repository in full ({repo_id!r} must be namespace/name)."
+        )
+    api = HfApi(endpoint=endpoint, token=token)
+    try:
+        return _push(api, Path(folder), repo_id, private, revision, create_pr, message)
+    except HfHubHTTPError as error:
+        raise PushError(_explain(error, api.endpoint, repo_id)) from error
+    except (HTTPError, OSError, RuntimeError) as error:
+        raise PushError(
+            f"{api.endpoint} could not be reached, or the connection broke ({error or type(error).__name__}). "
+            f"Local files are untouched: push again; what has arrived already is not sent twice."
+        ) from error
+
+
+def _push(
+    api: HfApi, folder: Path, repo_id: str, private: bool, revision: str | None, create_pr: bool, message: str | None
+) -> str:
+    if not create_pr:
+        repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
+        # The Hub ignores `private` for a repository that exists already.
+        if private and not api.repo_info(repo_id).private:
+            raise PushError(
+                f"{repo_id} exists and is public: make it private in its settings, or push to another name."
+            )
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=message or "Upload model with hf_sparse",
+        ignore_patterns=list(TRAINING_STATE),
+        delete_patterns=list(WEIGHT_FILES),
+    )
+    if create_pr and commit.pr_url:
+        return commit.pr_url
+    return f"{api.endpoint}/{repo_id}" + (f"/tree/{revision}" if revision else "")
+
+
+def _explain(error: HfHubHTTPError, endpoint: str, repo_id: str) -> str:
+    status = error.response.status_code
+    said = error.server_message or f"status {status}"
+    reasons = {
+        401: "the token is not valid there: run `hf auth login`, or pass another one.",
+        403: "the token may not write there: use one with write access to that namespace.",
+        404: "there is no such repository or revision.",
+        413: "it is too large for this repository.",
+        429: "too many requests: wait and push again.",
+    }
+    fallback = "the Hub has trouble: push again later." if status >= 500 else "the request was refused."
+    return f"{endpoint} refused to take {repo_id} ({said}): {reasons.get(status, fallback)} Local files are untouched."

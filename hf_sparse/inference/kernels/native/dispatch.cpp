@@ -1,0 +1,114 @@
+// The C interface: checks arguments, picks the instruction set, lends threads and scratch memory.
+#include <stdlib.h>
+
+#include "kernel.h"
+#define HFS_ISA dispatch
+#include "parallel.h"
+
+namespace {
+
+typedef int (*linear_fn)(const hfs_weight*, const void*, int64_t, void*, int64_t, int64_t, int, int, int);
+
+// build.py defines HFS_WITH_* for every instruction set that the compiler could compile.
+const linear_fn LINEAR[HFS_ISA_COUNT] = {
+    hfs_linear_portable,
+#if defined(HFS_WITH_AVX2)
+    hfs_linear_avx2,
+#else
+    nullptr,
+#endif
+#if defined(HFS_WITH_AVX512)
+    hfs_linear_avx512,
+#else
+    nullptr,
+#endif
+#if defined(HFS_WITH_AVX512BF16)
+    hfs_linear_avx512bf16,
+#else
+    nullptr,
+#endif
+};
+
+bool cpu_has(int isa) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+    switch (isa) {
+        case HFS_AVX2: return avx2;
+        case HFS_AVX512: return avx512;
+#if defined(HFS_WITH_AVX512BF16)
+        case HFS_AVX512BF16: return avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+        default: break;
+    }
+#endif
+    return isa == HFS_PORTABLE;
+}
+
+struct Scratch {
+    float* memory[2] = {nullptr, nullptr};
+    size_t size[2] = {0, 0};
+    ~Scratch() {
+        free(memory[0]);
+        free(memory[1]);
+    }
+};
+thread_local Scratch scratch;
+hfs_parallel_fn parallel = nullptr;
+
+}  // namespace
+
+hfs_parallel_fn hfs_parallel(void) { return parallel; }
+
+float* hfs_scratch(int slot, size_t count) {
+    if (scratch.size[slot] < count) {
+        free(scratch.memory[slot]);
+        scratch.size[slot] = 0;
+        void* memory = nullptr;
+        const size_t bytes = (count * sizeof(float) + 4095) / 4096 * 4096;
+        scratch.memory[slot] = posix_memalign(&memory, 64, bytes) == 0 ? (float*)memory : nullptr;
+        if (scratch.memory[slot]) scratch.size[slot] = bytes / sizeof(float);
+    }
+    return scratch.memory[slot];
+}
+
+extern "C" {
+
+int hfs_abi(void) { return HFS_ABI; }
+
+int hfs_isa_available(int isa) { return isa >= 0 && isa < HFS_ISA_COUNT && LINEAR[isa] && cpu_has(isa); }
+
+void hfs_set_parallel(hfs_parallel_fn gomp_parallel) { parallel = gomp_parallel; }
+
+int hfs_check(const hfs_weight* w) {
+    const int64_t most = INT32_MAX;
+    if (w->out_features < 0 || w->out_features > most || w->in_features < 0 || w->in_features > most ||
+        w->height < 1 || w->out_features % w->height || w->kept_columns < 0 || w->kept_columns > most ||
+        w->activation < HFS_NONE || w->activation > HFS_RELU || !w->band_start || (w->kept_columns && !w->column) ||
+        (w->kept_columns && !w->values)) {
+        return HFS_BAD_ARGUMENT;
+    }
+    if (!hfs_isa_available(w->isa)) return HFS_NO_ISA;
+    const int64_t bands = w->out_features / w->height;
+    if (w->band_start[0] != 0 || w->band_start[bands] != w->kept_columns) return HFS_BAD_INDEX;
+    bool ok = true;
+    for (int64_t b = 0; b < bands; b++) ok &= w->band_start[b] <= w->band_start[b + 1];
+    // One unsigned comparison refuses negative columns too.
+    const uint32_t features = (uint32_t)w->in_features;
+    for (int64_t j = 0; j < w->kept_columns; j++) ok &= (uint32_t)w->column[j] < features;
+    return ok ? HFS_OK : HFS_BAD_INDEX;
+}
+
+int hfs_linear(const hfs_weight* weight, const void* x, int64_t x_stride, void* y, int64_t y_stride, int64_t tokens,
+               int dtype, int form, int threads) {
+    if (tokens < 0 || tokens > INT32_MAX || threads < 1 || (dtype != HFS_FLOAT32 && dtype != HFS_BFLOAT16) ||
+        form < HFS_AUTO || form > HFS_LANES_FORM || x_stride < 0 || y_stride < weight->out_features) {
+        return HFS_BAD_ARGUMENT;
+    }
+    if (!hfs_isa_available(weight->isa)) return HFS_NO_ISA;
+    return LINEAR[weight->isa](weight, x, x_stride, y, y_stride, tokens, dtype, form, threads);
+}
+
+}  // extern "C"

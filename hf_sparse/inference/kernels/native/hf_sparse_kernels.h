@@ -1,0 +1,55 @@
+// The plain C interface of the CPU kernels. Python fills these structs with ctypes (../cpu.py mirrors them).
+#pragma once
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define HFS_EXPORT __attribute__((visibility("default")))
+#else
+#define HFS_EXPORT
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Raised whenever a struct or a function below changes: Python refuses a library built from other sources.
+#define HFS_ABI 1
+
+enum hfs_isa { HFS_PORTABLE = 0, HFS_AVX2 = 1, HFS_AVX512 = 2, HFS_AVX512BF16 = 3, HFS_ISA_COUNT = 4 };
+enum hfs_activation { HFS_NONE = 0, HFS_GELU = 1, HFS_GELU_TANH = 2, HFS_SILU = 3, HFS_RELU = 4 };
+enum hfs_dtype { HFS_FLOAT32 = 0, HFS_BFLOAT16 = 1 };
+// ROWS: outputs in lanes, reads and writes row-major. LANES: tokens in lanes, activations are packed around it.
+enum hfs_form { HFS_AUTO = 0, HFS_ROWS = 1, HFS_LANES_FORM = 2 };
+enum hfs_status { HFS_OK = 0, HFS_BAD_ARGUMENT = 1, HFS_BAD_INDEX = 2, HFS_NO_ISA = 3, HFS_NO_MEMORY = 4 };
+
+// A weight [out_features, in_features] cut into bands of `height` output rows. Band b keeps the input columns
+// column[band_start[b] .. band_start[b + 1]); values holds, for each of them, `height` weights one after the other.
+struct hfs_weight {
+    int64_t out_features;
+    int64_t in_features;
+    int64_t height;
+    int64_t kept_columns;        // length of column
+    const int32_t* band_start;   // [out_features / height + 1]
+    const int32_t* column;       // [kept_columns]
+    const float* values;         // [kept_columns, height]
+    const float* bias;           // [out_features] or null
+    int32_t isa;                 // hfs_isa
+    int32_t activation;          // hfs_activation
+};
+
+HFS_EXPORT int hfs_abi(void);
+// 1 if this library holds the instruction set and this CPU has it.
+HFS_EXPORT int hfs_isa_available(int isa);
+// HFS_OK, or why the weight must not be used. Every index that a kernel follows is checked here.
+HFS_EXPORT int hfs_check(const struct hfs_weight* weight);
+// y[tokens, out_features] = activation(x[tokens, in_features] @ weight.T + bias). Strides are in elements, rows are
+// contiguous. The weight must have passed hfs_check. threads > 1 needs hfs_set_parallel.
+HFS_EXPORT int hfs_linear(const struct hfs_weight* weight, const void* x, int64_t x_stride, void* y, int64_t y_stride,
+                          int64_t tokens, int dtype, int form, int threads);
+// The process's own OpenMP entry point, GOMP_parallel(fn, data, num_threads, flags), so that there is one pool of
+// threads: the library links no OpenMP runtime of its own. Null: every call runs on the calling thread.
+HFS_EXPORT void hfs_set_parallel(void (*gomp_parallel)(void (*)(void*), void*, unsigned, unsigned));
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,107 @@
+"""The part of a training checkpoint that a dense checkpoint lacks: masks, coefficients, and what they belong to."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hf_sparse.core.packing import FormatError
+from hf_sparse.training.masks import BlockMasks
+
+STATE_FILE = "sparsity_state.safetensors"
+_VERSION = 1
+
+
+def save_state(folder: str | os.PathLike[str], masks: BlockMasks, coefs: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Write masks and coefficients beside a dense checkpoint, whole or not at all.
+
+    Args:
+        folder: the checkpoint's folder, which exists.
+        masks: all masks of the run.
+        coefs: {name: [R, C]} reweighting coefficients; empty before the first reweighting.
+        facts: plain values that a resumed run has to agree with, such as the teacher's fingerprint.
+    """
+    tensors = {f"{name}.mask": mask for name, mask in masks.state_dict().items()}
+    tensors |= {f"{name}.coef": coef.detach().cpu().contiguous() for name, coef in coefs.items()}
+    shapes = {name: list(shape) for name, shape in masks.block_shapes.items()}
+    state = {"version": _VERSION, "block_shapes": shapes, "scope": masks.scope, "facts": dict(facts)}
+    target = Path(folder) / STATE_FILE
+    staged = target.with_name(f".{STATE_FILE}.{os.getpid()}")
+    save_file(tensors, staged, metadata={"format": "pt", "hf_sparse_state": json.dumps(state)})
+    os.replace(staged, target)
+
+
+def load_state(folder: str | os.PathLike[str], masks: BlockMasks, facts: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Read masks into `masks`, and give the coefficients.
+
+    Returns:
+        {name: [R, C]}, empty if there was no reweighting yet.
+
+    Raises:
+        ValueError: if the checkpoint has no sparsity state, or was written by a run with other target layers, block
+            shapes, scope or facts; the message names the difference.
+        FormatError: if the file is damaged or newer than this version.
+    """
+    file = Path(folder) / STATE_FILE
+    if not file.is_file():
+        raise ValueError(
+            f"{folder} holds no {STATE_FILE}: it is no whole checkpoint of SparseDistillTrainer. "
+            f"Resume from another one, or load its model and train anew."
+        )
+    try:
+        with safe_open(file, framework="pt") as handle:
+            state = json.loads((handle.metadata() or {}).get("hf_sparse_state", "null"))
+            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, ValueError) as error:
+        raise FormatError(f"{file} is damaged: {error}. Resume from another checkpoint.") from error
+    if not isinstance(state, dict) or state.get("version") != _VERSION:
+        found = state.get("version") if isinstance(state, dict) else None
+        raise FormatError(f"{file} has version {found}, this hf_sparse reads {_VERSION}.")
+    _compare(file, state, masks, facts)
+    masks.load_state_dict({k.removesuffix(".mask"): v for k, v in tensors.items() if k.endswith(".mask")})
+    return {k.removesuffix(".coef"): v for k, v in tensors.items() if k.endswith(".coef")}
+
+
+def _compare(file: Path, state: dict[str, Any], masks: BlockMasks, facts: Mapping[str, Any]) -> None:
+    saved, current = state["block_shapes"], {name: list(shape) for name, shape in masks.block_shapes.items()}
+    if different := sorted(set(saved) ^ set(current)):
+        where = "this run" if different[0] in saved else "the checkpoint"
+        raise ValueError(f"{file}: {different[0]} is not a target layer of {where}: target_modules or exclude_modules differ.")
+    for name, shape in current.items():
+        if saved[name] != shape:
+            raise ValueError(
+                f"{file}: {name} was pruned in blocks of {saved[name]}, this run asks for {shape}. "
+                f"Resume with the same block_height, block_width and block_overrides."
+            )
+    if state["scope"] != masks.scope:
+        raise ValueError(f"{file}: sparsity_scope was {state['scope']!r}, this run asks for {masks.scope!r}.")
+    for key, value in facts.items():
+        if key in state["facts"] and state["facts"][key] != value:
+            raise ValueError(
+                f"{file}: {key} was {state['facts'][key]!r}, in this run it is {value!r}. A resumed run must be set up "
+                f"as it was begun."
+            )
+
+
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Refuse an output folder that cannot be written, before hours of training and not after.
+
+    Raises:
+        OSError: naming the folder and the reason.
+    """
+    probe = Path(folder) / f".hf_sparse-{os.getpid()}"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"output_dir={str(folder)!r} cannot be written: {error.strerror or error}.") from error
+
+

@@ -1,0 +1,223 @@
+"""Every choice of a sparse distillation run, as a `TrainingArguments` with more fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hf_sparse.core.blocks import BlockShape
+from hf_sparse.core.targets import compile_pattern
+from hf_sparse.training.presets import PRESETS
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "sparsity_scope": ("layer", "global"),
+    "sparsity_schedule": ("cubic", "linear", "one_shot"),
+    "importance": ("magnitude",),
+    "penalty_form": ("loss", "proximal"),
+    "save_format": ("compressed", "dense"),
+}
+
+
+def _field(default: Any, text: str) -> Any:
+    """A field that a preset may set: None means "not given", so that a given value overrides even when it is the default.
+
+    argparse appends "(default: None)" to every help text that does not use `%(default)`; printing it with precision 0
+    uses it and shows nothing, so that the text can name the real default.
+    """
+    return field(default=None, metadata={"help": f"{text} Default: {default}.%(default).0s", "default": default})
+
+
+@dataclass
+class SparseDistillConfig(TrainingArguments):
+    """Training arguments of `SparseDistillTrainer`: everything `TrainingArguments` takes, and how to prune and distil.
+
+    All fields are flat scalars that `HfArgumentParser` takes from a command line, a JSON or a YAML file. Fractions of
+    training run from 0.0 (start) to 1.0 (end) over all optimizer steps.
+
+    Raises:
+        ValueError: at construction, for a value outside what its field allows; the message names field and value.
+
+    Example:
+        >>> config = SparseDistillConfig(output_dir="out", sparsity=0.9, block_height=4)
+        >>> config.block_shape, config.sparsity_schedule
+        ((4, 1), 'cubic')
+    """
+
+    block_height: int = _field(8, "Output rows per block; -1 = all of them.")
+    block_width: int = _field(1, "Input columns per block; -1 = all of them.")
+    block_overrides: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON object, regular expression of module names -> [height, width]: '{\".*query\": [16, 16]}'."
+        },
+    )
+    target_modules: str | None = field(
+        default=None,
+        metadata={"help": "Regular expression that matches the whole name of each linear to prune. None = every linear "
+                  "inside the repeated transformer layers; never embeddings, pooler, heads or tied weights."},
+    )  # fmt: skip
+    exclude_modules: str | None = field(
+        default=None, metadata={"help": "Regular expression that matches the whole name of targets to leave dense."}
+    )
+    sparsity: float = _field(0.8, "Final fraction of blocks removed, in [0, 1); 0 = prune nothing.")
+    sparsity_scope: str = _field("layer", 'Where blocks compete: "layer" (inside each weight) or "global" (over all).')
+    sparsity_schedule: str = _field("cubic", 'How sparsity rises: "cubic", "linear" or "one_shot" (at sparsity_end).')
+    sparsity_start: float = _field(0.0, "Fraction of training at which pruning starts.")
+    sparsity_end: float = _field(0.6, "Fraction of training at which the final sparsity is reached.")
+    mask_updates: int = _field(
+        100, "How many times the masks are chosen anew between sparsity_start and sparsity_end."
+    )
+    importance: str = _field("magnitude", 'How blocks are ranked: "magnitude" (L2 norm).')
+    penalty_weight: float = _field(0.0, "Weight lambda of the reweighted group lasso; 0 = off.")
+    penalty_form: str = _field(
+        "loss", '"loss" (gradient of L + lambda R, clipped with it) or "proximal" (shrinks blocks).'
+    )
+    penalty_reweights: int = _field(
+        4, "How often, from the start to sparsity_end, coef = 1 / (norm + penalty_epsilon) is taken; 0 = coef stays 1."
+    )
+    penalty_epsilon: float = _field(1e-3, "Keeps coef finite at a block of zeros.")
+    task_weight: float = _field(0.5, "Weight of the task loss; 1.0 where there is no teacher, unless given.")
+    kd_weight: float = _field(0.5, "Weight of the distillation of the teacher's logits.")
+    kd_temperature: float = _field(2.0, "Temperature of the distillation of logits.")
+    hidden_weight: float = _field(0.0, "Weight of the mean squared error between hidden states, summed over layers.")
+    attention_weight: float = _field(
+        0.0, "Weight of the mean squared error between attention maps, summed over layers."
+    )
+    graft_start: float = _field(1.0, "Probability, at the start, that a layer runs the student; 1 = no grafting.")
+    graft_hold: float = _field(0.0, "Fraction of training up to which the graft probability stays at graft_start.")
+    graft_end: float = _field(0.8, "Fraction of training at which the graft probability has risen to 1.")
+    preset: str | None = field(
+        default=None,
+        metadata={"help": "Settings of one paper for the fields that are not given: "
+                  + ", ".join(f'"{name}"' for name in PRESETS) + "."},
+    )  # fmt: skip
+    save_format: str = _field(
+        "compressed", 'Final save: "compressed" or "dense" (zeros kept; loads without hf_sparse).'
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.preset is not None and self.preset not in PRESETS:
+            raise ValueError(f"preset={self.preset!r} is not known: use one of {sorted(PRESETS)}, or None.")
+        preset = PRESETS[self.preset] if self.preset else {}
+        task_weight_given = self.task_weight is not None or "task_weight" in preset
+        for spec in dataclasses.fields(self):
+            if "default" in spec.metadata and getattr(self, spec.name) is None:
+                setattr(self, spec.name, preset.get(spec.name, spec.metadata["default"]))
+        self.validate()
+        # Alone, half a task loss would only halve the learning rate of SGD and the clipping threshold of everything.
+        if not task_weight_given and not self.needs_teacher:
+            self.task_weight = 1.0
+        # Layers that the teacher stands in for get no gradient in that step; DDP has to be told to look for them.
+        if self.graft_start < 1.0 and self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = True
+
+    def validate(self) -> None:
+        """Check every field of hf_sparse; called at construction and again when a search has changed some.
+
+        Raises:
+            ValueError: naming the field, its value and what is allowed.
+        """
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known: use one of {list(choices)}.")
+        for name in ("block_height", "block_width"):
+            if not _is_int(value := getattr(self, name)) or value == 0 or value < -1:
+                raise ValueError(
+                    f"{name}={value!r} is not a block size: use a positive integer, or -1 for the whole side."
+                )
+        self._check_number("sparsity", 0.0, 1.0, high_open=True)
+        for name in ("sparsity_start", "sparsity_end", "graft_start", "graft_hold", "graft_end"):
+            self._check_number(name, 0.0, 1.0)
+        for name in ("penalty_weight", "task_weight", "kd_weight", "hidden_weight", "attention_weight"):
+            self._check_number(name, 0.0, math.inf, high_open=True)
+        for name in ("penalty_epsilon", "kd_temperature"):
+            self._check_number(name, 0.0, math.inf, low_open=True, high_open=True)
+        for name, low in (("mask_updates", 1), ("penalty_reweights", 0)):
+            if not _is_int(value := getattr(self, name)) or value < low:
+                raise ValueError(f"{name}={value!r} must be an integer of at least {low}.")
+        for first, second in (("sparsity_start", "sparsity_end"), ("graft_hold", "graft_end")):
+            if getattr(self, first) > getattr(self, second):
+                raise ValueError(
+                    f"{first}={getattr(self, first)} lies after {second}={getattr(self, second)}: "
+                    f"{first} must be at most {second}."
+                )
+        if self.sparsity_end == 0.0 and self.sparsity > 0.0 and self.penalty_weight > 0.0:
+            raise ValueError("sparsity_end=0.0 leaves no step for penalty_weight to act: raise sparsity_end or use 0.")
+        weights = (self.task_weight, self.kd_weight, self.hidden_weight, self.attention_weight)
+        if not any(weights):
+            raise ValueError(
+                "task_weight, kd_weight, hidden_weight and attention_weight are all 0: nothing to learn from."
+            )
+        for name in ("target_modules", "exclude_modules"):
+            if getattr(self, name) is not None:
+                compile_pattern(name, getattr(self, name))
+        self.shape_overrides  # noqa: B018 (parsed here so that a mistake is refused at construction)
+
+    def _check_number(
+        self, name: str, low: float, high: float, low_open: bool = False, high_open: bool = False
+    ) -> None:
+        value = getattr(self, name)
+        fits = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+        if not fits or (low_open and value == low) or (high_open and value == high):
+            interval = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high_open else ']'}"
+            raise ValueError(f"{name}={value!r} must be a number in {interval}.")
+
+    @property
+    def block_shape(self) -> BlockShape:
+        """(block_height, block_width), -1 where the whole dimension is one block."""
+        return self.block_height, self.block_width
+
+    @property
+    def shape_overrides(self) -> dict[str, BlockShape]:
+        """`block_overrides` parsed: {regular expression: (h, w)}."""
+        if self.block_overrides is None:
+            return {}
+        try:
+            parsed = (
+                json.loads(self.block_overrides) if isinstance(self.block_overrides, str) else self.block_overrides
+            )
+        except json.JSONDecodeError as error:
+            raise ValueError(f"block_overrides={self.block_overrides!r} is not JSON: {error}") from error
+        good = isinstance(parsed, dict) and all(
+            isinstance(shape, list | tuple) and len(shape) == 2 and all(map(_is_int, shape))
+            for shape in parsed.values()
+        )
+        if not good:
+            raise ValueError(
+                f"block_overrides={self.block_overrides!r} must map regular expressions to [height, width], "
+                f'as in {{".*query": [16, 16]}}.'
+            )
+        for pattern in parsed:
+            compile_pattern("block_overrides", pattern)
+        return {pattern: (shape[0], shape[1]) for pattern, shape in parsed.items()}
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any setting uses a teacher; without one none is held in memory."""
+        return bool(self.kd_weight or self.hidden_weight or self.attention_weight or self.graft_start < 1.0)
+
+    @classmethod
+    def from_training_arguments(cls, args: TrainingArguments) -> SparseDistillConfig:
+        """Take plain training arguments over, with the sparse defaults beside them.
+
+        Raises:
+            TypeError: if `args` is of a class whose own fields would be lost.
+        """
+        known = {spec.name for spec in dataclasses.fields(cls)}
+        given = {spec.name: getattr(args, spec.name) for spec in dataclasses.fields(args) if spec.init}
+        if lost := sorted(set(given) - known):
+            raise TypeError(
+                f"{type(args).__name__} has fields that SparseDistillConfig does not know: {', '.join(lost)}. "
+                f"Build a SparseDistillConfig instead."
+            )
+        return cls(**given)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

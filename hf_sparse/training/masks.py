@@ -1,0 +1,217 @@
+"""Which blocks are kept: chosen from scores, applied to the weights, held at zero, written to checkpoints.
+
+The masks live beside the model, not in its state_dict: checkpoints keep the keys of the dense model. Each target also
+carries its mask as the plain attribute `block_mask`, which `report` reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from hf_sparse.core.blocks import BlockShape, grid_shape, to_blocks
+from hf_sparse.core.targets import assign_block_shapes, find_targets, weight_view
+from hf_sparse.training.importance import magnitude
+
+
+class BlockMasks:
+    """The masks of all pruned layers of a model.
+
+    Args:
+        targets: {name: linear}; the weights are read and written through the modules, so they may move or be loaded.
+        block_shapes: (h, w) for all, or {name: (h, w)}; may hold -1.
+        scope: "layer" = every weight has its own budget; "global" = all blocks compete for one.
+
+    Raises:
+        ValueError: for an unknown scope or a shape that does not tile its layer.
+
+    Example:
+        >>> linear = nn.Linear(4, 2, bias=False)
+        >>> _ = linear.weight.data.copy_(torch.tensor([[1., 2., 3., 4.], [1., 2., 3., 4.]]))
+        >>> masks = BlockMasks({"linear": linear}, (2, 1))
+        >>> masks.choose(sparsity=0.5)
+        >>> masks.apply_()
+        >>> linear.weight.data
+        tensor([[0., 0., 3., 4.],
+                [0., 0., 3., 4.]])
+    """
+
+    def __init__(
+        self,
+        targets: Mapping[str, nn.Module],
+        block_shapes: BlockShape | Mapping[str, BlockShape],
+        scope: str = "layer",
+    ) -> None:
+        if scope not in ("layer", "global"):
+            raise ValueError(f'scope={scope!r} is not known: use "layer" or "global".')
+        self.targets = dict(targets)
+        if not isinstance(block_shapes, Mapping):
+            block_shapes = assign_block_shapes(self.targets, block_shapes)
+        self.block_shapes = {name: block_shapes[name] for name in self.targets}
+        self.scope = scope
+        self.masks: dict[str, Tensor] = {}
+        self.started = False
+        for name, weight in self.weights():
+            grid = grid_shape((weight.shape[0], weight.shape[1]), self.block_shapes[name])
+            self._set(name, torch.ones(grid, dtype=torch.bool, device=weight.device))
+
+    @classmethod
+    def for_model(cls, model: nn.Module, block_shape: BlockShape, scope: str = "layer") -> BlockMasks:
+        """Make masks for the default targets of a model: the linears inside its repeated layers."""
+        return cls(find_targets(model), block_shape, scope)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, weight [O, I]) of every target; the weight shares memory with the module's."""
+        for name, module in self.targets.items():
+            yield name, weight_view(module)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the targets' weights that the masks remove, [0, 1]. Waits for the device."""
+        total = sum(weight.numel() for _, weight in self.weights())
+        return sum(self._removed_weights(name) for name in self.masks) / total if total else 0.0
+
+    def check_budgets(self, sparsity: float) -> None:
+        """Refuse a sparsity that would leave some layer without a single block.
+
+        Raises:
+            ValueError: naming the layer, under scope "layer".
+        """
+        if self.scope == "layer":
+            for name, mask in self.masks.items():
+                if sparsity and _num_removed(mask.numel(), sparsity) == mask.numel():
+                    raise ValueError(
+                        f"sparsity={sparsity} would remove all of {name}: it has {mask.numel()} block(s) of shape "
+                        f"{self.block_shapes[name]}. Use smaller blocks for it, or leave it out with exclude_modules."
+                    )
+
+    @torch.no_grad()
+    def choose(self, sparsity: float, scores: Mapping[str, Tensor] | None = None) -> None:
+        """Choose which blocks to keep. Pruned blocks never come back. Does not touch the weights.
+
+        Args:
+            sparsity: fraction to remove, [0, 1), within one block of each budget; at least what is removed already.
+            scores: {name: [R, C]}, higher = kept longer; None = magnitude.
+
+        Raises:
+            ValueError: if sparsity is out of range or a score's shape does not fit.
+        """
+        if not 0.0 <= sparsity < 1.0:
+            raise ValueError(f"sparsity={sparsity!r} must be in [0, 1).")
+        ranked = {}
+        for name, weight in self.weights():
+            mask = self._mask_on(name, weight.device)
+            score = magnitude(weight, self.block_shapes[name]) if scores is None else scores[name]
+            if score.shape != mask.shape:
+                raise ValueError(
+                    f"the scores of {name} have shape {list(score.shape)}, its grid is {list(mask.shape)}."
+                )
+            # Below every score, so that what is pruned stays pruned whatever the scores say.
+            ranked[name] = torch.where(mask, score, float("-inf")).reshape(-1)
+        keep = self._keep_globally(ranked, sparsity) if self.scope == "global" else {
+            name: _keep_highest(score, _num_removed(score.numel(), sparsity)) for name, score in ranked.items()
+        }  # fmt: skip
+        for name, kept in keep.items():
+            self.masks[name].copy_(kept.view_as(self.masks[name]))
+        self.started = self.started or sparsity > 0.0
+
+    @torch.no_grad()
+    def apply_(self) -> None:
+        """Set the weights of pruned blocks to exactly zero, in place."""
+        if self.started:
+            for name, weight in self.weights():
+                self._zero(weight, name)
+
+    @torch.no_grad()
+    def apply_to_grads_(self) -> None:
+        """Set the gradients of pruned blocks to zero, so that they neither move weights nor count in clipping."""
+        if self.started:
+            for name, module in self.targets.items():
+                if module.weight.grad is not None:
+                    grad = module.weight.grad
+                    self._zero(grad if module.weight.shape == weight_view(module).shape else grad.t(), name)
+
+    def is_applied(self) -> bool:
+        """Tell whether every pruned block is exactly zero. Waits for the device."""
+        for name, weight in self.weights():
+            mask = self._mask_on(name, weight.device)
+            if to_blocks(weight.detach(), self.block_shapes[name])[~mask].any():
+                return False
+        return True
+
+    def off_target(self, sparsity: float) -> str | None:
+        """Say which budget misses a sparsity by more than one block; None if none does. Waits for the device."""
+        if self.scope == "global":
+            total = sum(weight.numel() for _, weight in self.weights())
+            largest = max(h * w for h, w in self.block_shapes.values())
+            reached = self.sparsity
+            return f"sparsity {reached:.4f} over all layers" if abs(reached - sparsity) * total > largest else None
+        for name, mask in self.masks.items():
+            removed = mask.numel() - int(mask.sum())
+            if abs(removed - sparsity * mask.numel()) > 1.0:
+                return f"{name} has lost {removed} of {mask.numel()} blocks"
+        return None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Give {name: bool mask [R, C]}, copied to the CPU."""
+        return {name: mask.cpu().clone() for name, mask in self.masks.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take masks from `state_dict` over.
+
+        Raises:
+            ValueError: if the layers or a grid differ; the message names the first difference.
+        """
+        if missing := sorted(set(self.masks) ^ set(state)):
+            where = "the saved masks" if missing[0] in self.masks else "this run's targets"
+            raise ValueError(f"{missing[0]} is not among {where}: the run was saved with other target layers.")
+        for name, saved in state.items():
+            if saved.shape != self.masks[name].shape or saved.dtype != torch.bool:
+                raise ValueError(
+                    f"the saved mask of {name} is {saved.dtype} of shape {list(saved.shape)}, this run needs "
+                    f"torch.bool of shape {list(self.masks[name].shape)}: the run was saved with another block shape."
+                )
+        for name, saved in state.items():
+            self.masks[name].copy_(saved)
+        self.started = any(not bool(mask.all()) for mask in state.values())
+
+    def _keep_globally(self, ranked: dict[str, Tensor], sparsity: float) -> dict[str, Tensor]:
+        sizes = {name: self.block_shapes[name][0] * self.block_shapes[name][1] for name in ranked}
+        scores = torch.cat(list(ranked.values()))
+        device = scores.device
+        size_of = torch.cat([torch.full_like(score, sizes[n], dtype=torch.long) for n, score in ranked.items()])
+        budget = int(sparsity * sum(score.numel() * sizes[n] for n, score in ranked.items()) + 0.5)
+        order = torch.sort(scores, stable=True).indices
+        keep = torch.empty_like(scores, dtype=torch.bool)
+        keep[order] = size_of[order].cumsum(0) > torch.tensor(budget, device=device)
+        return dict(zip(ranked, keep.split([score.numel() for score in ranked.values()]), strict=True))
+
+    def _removed_weights(self, name: str) -> int:
+        h, w = self.block_shapes[name]
+        return int((~self.masks[name]).sum()) * h * w
+
+    def _zero(self, tensor: Tensor, name: str) -> None:
+        mask = self._mask_on(name, tensor.device)
+        to_blocks(tensor, self.block_shapes[name]).masked_fill_(~mask[:, :, None, None], 0.0)
+
+    def _mask_on(self, name: str, device: torch.device) -> Tensor:
+        if self.masks[name].device != device:
+            self._set(name, self.masks[name].to(device))
+        return self.masks[name]
+
+    def _set(self, name: str, mask: Tensor) -> None:
+        self.masks[name] = mask
+        self.targets[name].block_mask = mask  # type: ignore[assignment]
+
+
+def _num_removed(num_blocks: int, sparsity: float) -> int:
+    return int(sparsity * num_blocks + 0.5)
+
+
+def _keep_highest(scores: Tensor, num_removed: int) -> Tensor:
+    # A stable sort breaks ties by position, the same on every rank and device.
+    keep = torch.ones_like(scores, dtype=torch.bool)
+    keep[torch.sort(scores, stable=True).indices[:num_removed]] = False
+    return keep

@@ -1,0 +1,103 @@
+"""The reweighted group lasso: R = sum over blocks of coef * ||block||_2, its gradient, its proximal step.
+
+Source: Hardware-friendly Block Structured Pruning (Li et al., Findings of EMNLP 2020): groups are blocks, and
+coef = 1 / (||block||_2 + epsilon) is renewed a few times, so that small blocks are pushed to zero and large ones left.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_sparse.core.blocks import BlockShape, block_norms, to_blocks
+
+
+def group_lasso(weight: Tensor, block_shape: BlockShape, coef: Tensor | None = None) -> Tensor:
+    """Compute the penalty of one weight. Differentiable; the gradient at a block of zeros is 0.
+
+    Args:
+        weight: [O, I].
+        block_shape: (h, w), may hold -1.
+        coef: [R, C], >= 0, treated as a constant; None = 1 for every block (the plain group lasso).
+
+    Returns:
+        A scalar, >= 0, float32 (float64 for a float64 weight).
+
+    Example:
+        >>> group_lasso(torch.tensor([[3., 4., 0., 1.]]), (1, 2))
+        tensor(6.)
+    """
+    squared = to_blocks(weight, block_shape).to(_at_least_float32(weight)).square().sum(dim=(2, 3))
+    # The square root has an infinite slope at 0, where the subgradient that leaves a pruned block alone is 0.
+    norms = torch.where(squared > 0, squared, 1.0).sqrt() * (squared > 0)
+    return norms.sum() if coef is None else (coef.detach() * norms).sum()
+
+
+def next_coef(weight: Tensor, block_shape: BlockShape, epsilon: float) -> Tensor:
+    """Compute the reweighting coefficients of a weight as it is now.
+
+    Args:
+        weight: [O, I].
+        block_shape: (h, w), may hold -1.
+        epsilon: > 0.
+
+    Returns:
+        [R, C], in (0, 1 / epsilon].
+
+    Example:
+        >>> next_coef(torch.tensor([[3., 4.]]), (1, 2), epsilon=5.0)
+        tensor([[0.1000]])
+    """
+    return 1.0 / (block_norms(weight.detach(), block_shape) + epsilon)
+
+
+@torch.no_grad()
+def penalty_gradient(weight: Tensor, block_shape: BlockShape, coef: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Compute the penalty of a weight and its gradient, without autograd.
+
+    Adding it to `.grad` once per optimizer step is the gradient of `L + penalty_weight * R`, whatever the number of
+    micro-batches or ranks, and costs no graph.
+
+    Args:
+        weight: [O, I].
+        block_shape: (h, w), both positive.
+        coef: [R, C]; None = 1 for every block.
+
+    Returns:
+        The value, a scalar; the gradient as a grid of blocks [R, C, h, w] in the weight's dtype.
+    """
+    norms = block_norms(weight, block_shape)
+    coef = torch.ones_like(norms) if coef is None else coef
+    scale = torch.where(norms > 0, coef / torch.where(norms > 0, norms, 1.0), 0.0)
+    gradient = to_blocks(weight, block_shape) * scale[:, :, None, None].to(weight.dtype)
+    return (coef * norms).sum(), gradient
+
+
+@torch.no_grad()
+def proximal_shrink_(weight: Tensor, block_shape: BlockShape, coef: Tensor | None, threshold: float) -> Tensor:
+    """Shrink every block towards zero by threshold * coef of its norm, in place: the proximal step of the penalty.
+
+    Args:
+        weight: [O, I], changed in place.
+        block_shape: (h, w), both positive.
+        coef: [R, C]; None = 1 for every block.
+        threshold: learning rate * penalty_weight, >= 0.
+
+    Returns:
+        The penalty before the step, a scalar.
+
+    Example:
+        >>> weight = torch.tensor([[3., 4., 0.3, 0.4]])
+        >>> _ = proximal_shrink_(weight, (1, 2), None, threshold=1.0)
+        >>> weight
+        tensor([[2.4000, 3.2000, 0.0000, 0.0000]])
+    """
+    norms = block_norms(weight, block_shape)
+    coef = torch.ones_like(norms) if coef is None else coef
+    factor = (1.0 - threshold * coef / torch.where(norms > 0, norms, 1.0)).clamp_(min=0.0)
+    to_blocks(weight, block_shape).mul_(factor[:, :, None, None].to(weight.dtype))
+    return (coef * norms).sum()
+
+
+def _at_least_float32(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32

@@ -1,0 +1,51 @@
+"""The settings of the two papers, as values for the fields of `SparseDistillConfig` that the user does not give.
+
+Source: Sparse Progressive Distillation (Huang et al., ACL 2022) and Efficient Transformer-based Large Scale Language
+Representations using Hardware-friendly Block Structured Pruning (Li et al., Findings of EMNLP 2020), with the
+constants of their released code.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # 30 epochs of pruning, a 10-epoch ramp of the graft probability, 20 epochs of the student alone; single weights;
+    # hidden states, attention maps and soft labels with weight 1, temperature 1 and no hard labels.
+    "spd": {
+        "block_height": 1,
+        "block_width": 1,
+        "sparsity": 0.9,
+        "sparsity_schedule": "cubic",
+        "sparsity_start": 0.0,
+        "sparsity_end": 0.5,
+        "mask_updates": 12,
+        "penalty_weight": 0.0,
+        "task_weight": 0.0,
+        "kd_weight": 1.0,
+        "kd_temperature": 1.0,
+        "hidden_weight": 1.0,
+        "attention_weight": 1.0,
+        "graft_start": 0.3,
+        "graft_hold": 0.5,
+        "graft_end": 2 / 3,
+    },
+    # Row segments, reweighted group lasso through the loss, one hard prune inside each matrix, masked retraining on
+    # the task loss alone. 96 columns are an eighth of BERT-base's 768, the released default division.
+    "block_structured": {
+        "block_height": 1,
+        "block_width": 96,
+        "sparsity": 0.5,
+        "sparsity_schedule": "one_shot",
+        "sparsity_end": 0.5,
+        "penalty_weight": 1e-4,
+        "penalty_form": "loss",
+        "penalty_reweights": 4,
+        "penalty_epsilon": 1e-3,
+        "task_weight": 1.0,
+        "kd_weight": 0.0,
+        "hidden_weight": 0.0,
+        "attention_weight": 0.0,
+        "graft_start": 1.0,
+    },
+}

@@ -1,0 +1,120 @@
+"""What pruning does in one optimizer step: choose masks, add the penalty, hold pruned blocks at zero."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from hf_sparse.core.blocks import to_blocks
+from hf_sparse.core.targets import assign_block_shapes, find_targets, weight_view
+from hf_sparse.training.config import SparseDistillConfig
+from hf_sparse.training.distributed import broadcast_from_rank_0_
+from hf_sparse.training.masks import BlockMasks
+from hf_sparse.training.penalty import next_coef, penalty_gradient, proximal_shrink_
+from hf_sparse.training.schedules import StepPlan
+
+
+class Pruner:
+    """The masks and reweighting coefficients of a run, and what each step does with them.
+
+    Args:
+        model: the model to prune; its target layers are found here.
+        config: the run's settings.
+
+    Raises:
+        ValueError: if the targets, block shapes or sparsity do not fit the model.
+    """
+
+    def __init__(self, model: nn.Module, config: SparseDistillConfig) -> None:
+        self.config = config
+        # A run that neither prunes nor penalises has no targets: it is plain (distilled) training of any model.
+        active = config.sparsity > 0.0 or config.penalty_weight > 0.0
+        targets = find_targets(model, config.target_modules, config.exclude_modules) if active else {}
+        shapes = assign_block_shapes(targets, config.block_shape, config.shape_overrides) if active else {}
+        self.masks = BlockMasks(targets, shapes, config.sparsity_scope)
+        self.masks.check_budgets(config.sparsity)
+        self.coefs: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def begin_step(self, plan: StepPlan) -> None:
+        """Take coefficients and masks anew where the plan says so; rank 0 decides for all ranks."""
+        if plan.update_coefs:
+            epsilon = self.config.penalty_epsilon
+            self.coefs = {n: next_coef(w, self.masks.block_shapes[n], epsilon) for n, w in self.masks.weights()}
+            broadcast_from_rank_0_(self.coefs.values())
+        if plan.update_masks:
+            self.masks.choose(plan.sparsity)
+            broadcast_from_rank_0_(self.masks.masks.values())
+            self.masks.apply_()
+
+    @torch.no_grad()
+    def add_penalty_gradient(self, plan: StepPlan, gradient_scale: Tensor | None = None) -> Tensor | None:
+        """Add the gradient of penalty_weight * R to `.grad`, once per optimizer step and before clipping.
+
+        Args:
+            plan: the step's plan.
+            gradient_scale: what a loss scaler has multiplied the gradients by; None = 1.
+
+        Returns:
+            R, a scalar on the weights' device; None if the step has no penalty in loss form.
+        """
+        if not plan.penalty_weight or self.config.penalty_form != "loss":
+            return None
+        values = []
+        for name, module in self.masks.targets.items():
+            shape = self.masks.block_shapes[name]
+            value, gradient = penalty_gradient(weight_view(module), shape, self._coef(name))
+            if module.weight.grad is None:
+                # A layer that the teacher stood in for in every micro-batch still feels the penalty.
+                module.weight.grad = torch.zeros_like(module.weight)
+            grad = module.weight.grad if weight_view(module) is module.weight else module.weight.grad.t()
+            if gradient_scale is not None:
+                gradient = gradient * gradient_scale
+            to_blocks(grad, shape).add_(gradient.to(grad.dtype), alpha=plan.penalty_weight)
+            values.append(value)
+        return torch.stack(values).sum()
+
+    @torch.no_grad()
+    def finish_step(self, plan: StepPlan, learning_rates: Mapping[int, float]) -> Tensor | None:
+        """Shrink blocks (proximal form) and set pruned blocks back to zero, after the optimizer has moved the weights.
+
+        Args:
+            plan: the step's plan.
+            learning_rates: {id of a parameter: learning rate of this step}; empty if the optimizer skipped the step.
+
+        Returns:
+            R before the shrinking, a scalar; None if the step has no penalty in proximal form.
+        """
+        values = []
+        if plan.penalty_weight and self.config.penalty_form == "proximal":
+            for name, module in self.masks.targets.items():
+                threshold = plan.penalty_weight * learning_rates.get(id(module.weight), 0.0)
+                shape = self.masks.block_shapes[name]
+                values.append(proximal_shrink_(weight_view(module), shape, self._coef(name), threshold))
+        self.masks.apply_()
+        return torch.stack(values).sum() if values else None
+
+    def check_target(self) -> None:
+        """Refuse a result that is not at the target sparsity, or whose pruned blocks are not zero.
+
+        Raises:
+            RuntimeError: saying what was reached.
+        """
+        off = self.masks.off_target(self.config.sparsity) if self.masks.targets else None
+        if off is not None:
+            raise RuntimeError(
+                f"training ended off target: {off}. The masks reach sparsity={self.config.sparsity} at "
+                f"sparsity_end={self.config.sparsity_end} of all steps; train on, or set an earlier sparsity_end."
+            )
+        if not self.masks.is_applied():
+            raise RuntimeError("training ended with weights in pruned blocks: something wrote to them after the last step.")
+
+    def _coef(self, name: str) -> Tensor | None:
+        if name not in self.coefs:
+            return None
+        weight = self.masks.targets[name].weight
+        if self.coefs[name].device != weight.device:
+            self.coefs[name] = self.coefs[name].to(weight.device)
+        return self.coefs[name]

@@ -1,0 +1,54 @@
+"""The final save: pruned blocks left out, every file whole or not replaced at all."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from hf_sparse.core.files import atomic_folder
+from hf_sparse.inference.compress import compress
+
+# Weights of an earlier save under another name would be loaded in place of the new ones.
+_WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+
+
+def save_final(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    masks: dict[str, Tensor],
+    save_others: Callable[[Path], None],
+) -> None:
+    """Save a pruned model and what belongs to it.
+
+    Args:
+        model: a `PreTrainedModel` whose pruned blocks are zero; not changed.
+        folder: made if missing; weight files of an earlier save are removed once the new ones are in place.
+        masks: {name: [R, C]} of the layers to compress; empty = save dense.
+        save_others: writes tokenizer, card and the like into the folder that it is given.
+    """
+    to_save = compress(copy_to_cpu(model), masks=masks) if masks else model
+    with atomic_folder(folder, stale=lambda name: _WEIGHT_FILE.fullmatch(name) is not None) as staging:
+        to_save.save_pretrained(staging)
+        save_others(staging)
+
+
+def copy_to_cpu(model: nn.Module) -> nn.Module:
+    """Copy a model to the CPU without a second copy on its device; tied weights stay tied."""
+    memo: dict[int, object] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("cpu", copy=True), parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.detach().to("cpu", copy=True)
+    for module in model.modules():
+        # The masks travel beside the copy; a copied attribute would only be dead weight.
+        if isinstance(mask := module.__dict__.get("block_mask"), Tensor):
+            memo[id(mask)] = None
+    copied = copy.deepcopy(model, memo)
+    for module in copied.modules():
+        module.__dict__.pop("block_mask", None)
+    return copied

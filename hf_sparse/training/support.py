@@ -1,0 +1,54 @@
+"""What a run cannot do yet, refused at construction with the way out instead of trained wrongly."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+from hf_sparse.training.config import SparseDistillConfig
+
+
+def refuse_unsupported_engine(args: TrainingArguments) -> None:
+    """Refuse launch modes in which masks or the penalty would not reach the weights that are trained.
+
+    Raises:
+        ValueError: naming the setting and the way out.
+    """
+    way_out = "Launch with plain DDP instead: accelerate launch --multi_gpu, without fsdp and deepspeed settings."
+    if args.deepspeed:
+        raise ValueError(
+            f"deepspeed={args.deepspeed!r} is not supported: ZeRO keeps its own copies of the weights, from which "
+            f"pruned blocks would come back. {way_out}"
+        )
+    if args.fsdp or args.parallel_mode.name == "SAGEMAKER_MODEL_PARALLEL":
+        raise ValueError(f"fsdp={args.fsdp!r} is not supported: shards of a weight cut through its blocks. {way_out}")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process would train through nn.DataParallel, which is not supported. {way_out} "
+            f"Or show the process one GPU with CUDA_VISIBLE_DEVICES=0."
+        )
+
+
+def refuse_unsupported_model(model: nn.Module, config: SparseDistillConfig) -> None:
+    """Refuse models that would be trained but could not be saved, or whose weights are not the ones trained.
+
+    Raises:
+        ValueError: naming what was found and the way out.
+    """
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            f"{type(model).__name__} holds PEFT adapters, whose base weights do not train. "
+            f"Merge them first: model = model.merge_and_unload()."
+        )
+    if not isinstance(model, PreTrainedModel) and config.save_format == "compressed" and config.sparsity > 0.0:
+        raise ValueError(
+            f"save_format='compressed' needs a PreTrainedModel with a config, not a {type(model).__name__}: "
+            f"use save_format='dense'."
+        )
+
+
+def predicts_next(model: nn.Module) -> bool:
+    """Tell whether position i of the logits predicts label i + 1, as in causal language models."""
+    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss and not encoder_decoder

@@ -1,0 +1,129 @@
+"""The teacher: found, frozen, and checked against what the losses will ask of it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+from hf_sparse.core.targets import find_stacks
+from hf_sparse.training.config import SparseDistillConfig
+from hf_sparse.training.graft import graft_sites
+
+logger = logging.getLogger(__name__)
+
+
+def load_teacher(teacher: nn.Module | str, student: nn.Module) -> nn.Module:
+    """Give the teacher, frozen and in eval mode.
+
+    Args:
+        teacher: a model, or the folder or repo id of one for the student's task; it may be of another family.
+        student: decides the task head with which a path is loaded.
+
+    Raises:
+        TypeError: if `teacher` is neither a module nor a string, or no Auto class fits the student.
+        ValueError: if the teacher is the student itself.
+    """
+    if isinstance(teacher, str):
+        teacher = _auto_class(student).from_pretrained(teacher)
+    if not isinstance(teacher, nn.Module):
+        raise TypeError(f"teacher_model={teacher!r} must be a model, a path or a repo id, or None for a copy of the student.")
+    if teacher is student or {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}:
+        raise ValueError(
+            "teacher_model shares parameters with the model being trained, so both would be pruned. "
+            "Pass teacher_model=None: a frozen copy of the model is then taken when training starts."
+        )
+    return teacher.requires_grad_(False).eval()
+
+
+def copy_as_teacher(student: nn.Module) -> nn.Module:
+    """Take a frozen copy of the student as it is now: the papers' teacher, where the model is fine-tuned already."""
+    teacher = copy.deepcopy(student).requires_grad_(False).eval()
+    for module in teacher.modules():
+        module.__dict__.pop("block_mask", None)
+    return teacher
+
+
+def check_teacher(student: nn.Module, teacher: nn.Module, config: SparseDistillConfig) -> None:
+    """Refuse a teacher that does not fit the requested losses.
+
+    Raises:
+        ValueError: naming the setting, what the student and the teacher have, and the way out.
+    """
+    mine, theirs = getattr(student, "config", None), getattr(teacher, "config", None)
+    _same(mine, theirs, "vocab_size", "teacher_model", "the same tokenizer, so that both read the same token ids", "")
+    if config.kd_weight:
+        _same(mine, theirs, "num_labels", f"kd_weight={config.kd_weight}", "the same labels", "kd_weight=0")
+        labels = [getattr(c, "label2id", None) for c in (mine, theirs)]
+        # The same names in another order would teach the student the wrong classes.
+        if all(labels) and set(labels[0]) == set(labels[1]) and labels[0] != labels[1]:
+            raise ValueError(
+                f"teacher_model orders the labels as {labels[1]}, the model as {labels[0]}: reload one of them with "
+                f"the other's label2id and id2label."
+            )
+    for field in ("hidden_weight", "attention_weight"):
+        if weight := getattr(config, field):
+            depth = [sum(map(len, find_stacks(model).values())) for model in (student, teacher)]
+            if depth[0] != depth[1]:
+                raise ValueError(
+                    f"{field}={weight} compares layer by layer, but the model has {depth[0]} layers and the teacher "
+                    f"{depth[1]}: use a teacher of the same depth, or set {field}=0."
+                )
+    if config.hidden_weight:
+        asked = f"hidden_weight={config.hidden_weight}"
+        _same(mine, theirs, "hidden_size", asked, "hidden states of one size", "hidden_weight=0")
+    if config.attention_weight:
+        asked = f"attention_weight={config.attention_weight}"
+        _same(mine, theirs, "num_attention_heads", asked, "as many attention heads", "attention_weight=0")
+    if config.graft_start < 1.0:
+        graft_sites(student, teacher)
+
+
+def return_attention_maps(*models: nn.Module) -> None:
+    """Switch models to the attention implementation that returns its maps ("eager"), and say so once."""
+    for model in models:
+        if isinstance(model, PreTrainedModel) and model.config._attn_implementation != "eager":
+            logger.info("attention_weight needs attention maps: %s now uses eager attention.", type(model).__name__)
+            model.set_attn_implementation("eager")
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> str:
+    """Tell models apart cheaply: a hash over the names, shapes and first values of all parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        head = parameter.detach().reshape(-1)[:256].float().cpu()
+        digest.update(f"{name}{list(parameter.shape)}".encode() + head.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _same(mine: Any, theirs: Any, key: str, asked: str, why: str, off: str) -> None:
+    own, other = (getattr(_text_config(c), key, getattr(c, key, None)) for c in (mine, theirs))
+    if own is not None and other is not None and own != other:
+        way_out = f", or set {off}" if off else ""
+        raise ValueError(
+            f"{asked} needs {why}: {key} is {own} in the model and {other} in the teacher. "
+            f"Use a teacher that agrees{way_out}."
+        )
+
+
+def _text_config(config: Any) -> Any:
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _auto_class(student: nn.Module) -> Any:
+    config = getattr(student, "config", None)
+    for value in vars(modeling_auto).values():
+        if isinstance(value, type) and issubclass(value, _BaseAutoModelClass) and value._model_mapping is not None:
+            if type(config) in value._model_mapping and value._model_mapping[type(config)] is type(student):
+                return value
+    raise TypeError(
+        f"no Auto class of transformers loads a {type(student).__name__}, so teacher_model must be a loaded model."
+    )
