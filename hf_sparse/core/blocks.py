@@ -3,7 +3,7 @@
 A block is a rectangle of a weight: h output rows by w input columns. Blocks tile the weight exactly: a shape that
 does not divide it is refused, here and once, so that no other module ever meets a ragged block.
 
-Shape letters: O, I out and in features; h, w block height and width; R, C grid rows and columns (R = O / h, C = I / w).
+Shape letters: O, I out and in features; h, w block height and width; R, C grid rows and columns: R = O / h, C = I / w.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ MAX_WEIGHT_ELEMENTS = 2**40
 
 
 class FormatError(ValueError):
-    """A file or config is not a valid hf_sparse checkpoint. The message names the file or layer, expected and found."""
+    """A file or config is no valid hf_sparse checkpoint. The message names the file or layer, expected and found."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +175,7 @@ def pack(weight: Tensor, mask: Tensor, block_shape: BlockShape) -> tuple[Tensor,
         block_shape: (h, w), may hold -1.
 
     Returns:
-        values [N, h, w] in the weight's dtype, bit for bit, contiguous and not sharing memory; bitmap as in `pack_mask`.
+        values [N, h, w] in the weight's dtype, bit for bit, contiguous, sharing no memory; bitmap as in `pack_mask`.
 
     Raises:
         ValueError: if the mask does not fit the grid.

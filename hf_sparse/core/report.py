@@ -1,4 +1,4 @@
-"""What a model weighs and where its zeros are: a table per layer, from a model in memory or from a folder's headers."""
+"""What a model weighs and where its zeros are: a table per layer, from a model in memory or a folder's headers."""
 
 from __future__ import annotations
 
@@ -89,8 +89,10 @@ class SparsityReport:
             for layer in self.layers
         ]
         widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-        lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
-                 for r in [head, *rows]]  # fmt: skip
+        lines = []
+        for row in [head, *rows]:
+            cells = zip(row, widths, strict=True)
+            lines.append("  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(cells)))
         share = self.bytes / self.dense_bytes if self.dense_bytes else 1.0
         lines.append(
             f"{len(self.layers)} layers, sparsity {self.sparsity:.2%}; "

@@ -34,7 +34,14 @@ def is_linear(module: nn.Module) -> bool:
 
 def weight_view(module: nn.Module) -> Tensor:
     """Give the weight of a linear as [O, I]: output rows first, for `Conv1D` as well. Shares memory."""
-    return module.weight.t() if is_conv1d(module) else module.weight
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight.t() if is_conv1d(module) else weight
+
+
+def grad_view(module: nn.Module) -> Tensor | None:
+    """Give the gradient of a linear's weight as [O, I], or None if it has none. Shares memory."""
+    grad: Tensor | None = module.weight.grad  # type: ignore[assignment]
+    return grad.t() if grad is not None and is_conv1d(module) else grad
 
 
 def find_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:

@@ -19,7 +19,9 @@ STATE_FILE = "sparsity_state.safetensors"
 _VERSION = 1
 
 
-def save_state(folder: str | os.PathLike[str], masks: BlockMasks, coefs: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+def save_state(
+    folder: str | os.PathLike[str], masks: BlockMasks, coefs: Mapping[str, Tensor], facts: Mapping[str, Any]
+) -> None:
     """Write masks and coefficients beside a dense checkpoint, whole or not at all.
 
     Args:
@@ -73,7 +75,9 @@ def _compare(file: Path, state: dict[str, Any], masks: BlockMasks, facts: Mappin
     saved, current = state["block_shapes"], {name: list(shape) for name, shape in masks.block_shapes.items()}
     if different := sorted(set(saved) ^ set(current)):
         where = "this run" if different[0] in saved else "the checkpoint"
-        raise ValueError(f"{file}: {different[0]} is not a target layer of {where}: target_modules or exclude_modules differ.")
+        raise ValueError(
+            f"{file}: {different[0]} is not a target layer of {where}: target_modules or exclude_modules differ."
+        )
     for name, shape in current.items():
         if saved[name] != shape:
             raise ValueError(
@@ -85,8 +89,8 @@ def _compare(file: Path, state: dict[str, Any], masks: BlockMasks, facts: Mappin
     for key, value in facts.items():
         if key in state["facts"] and state["facts"][key] != value:
             raise ValueError(
-                f"{file}: {key} was {state['facts'][key]!r}, in this run it is {value!r}. A resumed run must be set up "
-                f"as it was begun."
+                f"{file}: {key} was {state['facts'][key]!r}, in this run it is {value!r}. "
+                f"A resumed run must be set up as it was begun."
             )
 
 
@@ -103,5 +107,3 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
         probe.unlink()
     except OSError as error:
         raise OSError(f"output_dir={str(folder)!r} cannot be written: {error.strerror or error}.") from error
-
-

@@ -24,7 +24,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 
 def _field(default: Any, text: str) -> Any:
-    """A field that a preset may set: None means "not given", so that a given value overrides even when it is the default.
+    """A field that a preset may set: None means "not given", so that every given value overrides the preset.
 
     argparse appends "(default: None)" to every help text that does not use `%(default)`; printing it with precision 0
     uses it and shows nothing, so that the text can name the real default.
@@ -58,9 +58,11 @@ class SparseDistillConfig(TrainingArguments):
     )
     target_modules: str | None = field(
         default=None,
-        metadata={"help": "Regular expression that matches the whole name of each linear to prune. None = every linear "
-                  "inside the repeated transformer layers; never embeddings, pooler, heads or tied weights."},
-    )  # fmt: skip
+        metadata={
+            "help": "Regular expression that matches the whole name of each linear to prune. None = every linear "
+            "inside the repeated transformer layers; never embeddings, pooler, heads or tied weights."
+        },
+    )
     exclude_modules: str | None = field(
         default=None, metadata={"help": "Regular expression that matches the whole name of targets to leave dense."}
     )

@@ -54,9 +54,9 @@ def graft_sites(student: nn.Module, teacher: nn.Module) -> list[GraftSite]:
         for index, (layer, teacher_layer) in enumerate(zip(stack, theirs[name], strict=True)):
             if type(layer) is not type(teacher_layer) or _norm_sizes(layer) != _norm_sizes(teacher_layer):
                 raise ValueError(
-                    f"grafting needs layers that fit each other: {name}.{index} is a {type(layer).__name__} with norms "
-                    f"of {_norm_sizes(layer)} in the student and a {type(teacher_layer).__name__} with norms of "
-                    f"{_norm_sizes(teacher_layer)} in the teacher. Set graft_start=1 for such a teacher."
+                    f"grafting needs layers that fit each other: {name}.{index} is a {type(layer).__name__} with "
+                    f"norms of {_norm_sizes(layer)} in the student and a {type(teacher_layer).__name__} with norms "
+                    f"of {_norm_sizes(teacher_layer)} in the teacher. Set graft_start=1 for such a teacher."
                 )
             sites.append(GraftSite(stack=stack, index=index, teacher_layer=teacher_layer))
     return sites

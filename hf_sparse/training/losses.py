@@ -14,7 +14,12 @@ from hf_sparse.training.distributed import sum_over_ranks, world_size
 
 
 def distillation_terms(
-    student: Any, teacher: Any, inputs: Mapping[str, Any], model_config: Any, config: SparseDistillConfig, shifted: bool
+    student: Any,
+    teacher: Any,
+    inputs: Mapping[str, Any],
+    model_config: Any,
+    config: SparseDistillConfig,
+    shifted: bool,
 ) -> dict[str, Tensor]:
     """Compute the distillation losses that a config asks for, unweighted.
 
@@ -70,7 +75,11 @@ class RunningMeans:
 
 def _pairs(student: Any, teacher: Any, kind: str, inputs: Mapping[str, Any], field: str) -> list[tuple[Any, Any, Any]]:
     # Encoder-decoder models return one set for each side, with a padding mask of its own.
-    sides = [(kind, "attention_mask"), (f"encoder_{kind}", "attention_mask"), (f"decoder_{kind}", "decoder_attention_mask")]
+    sides = [
+        (kind, "attention_mask"),
+        (f"encoder_{kind}", "attention_mask"),
+        (f"decoder_{kind}", "decoder_attention_mask"),
+    ]
     pairs = []
     for name, mask in sides:
         mine, theirs = getattr(student, name, None), getattr(teacher, name, None)

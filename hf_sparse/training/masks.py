@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.core.blocks import BlockShape, grid_shape, to_blocks
-from hf_sparse.core.targets import assign_block_shapes, find_targets, weight_view
+from hf_sparse.core.targets import assign_block_shapes, find_targets, grad_view, weight_view
 from hf_sparse.training.importance import magnitude
 
 
@@ -129,9 +129,9 @@ class BlockMasks:
         """Set the gradients of pruned blocks to zero, so that they neither move weights nor count in clipping."""
         if self.started:
             for name, module in self.targets.items():
-                if module.weight.grad is not None:
-                    grad = module.weight.grad
-                    self._zero(grad if module.weight.shape == weight_view(module).shape else grad.t(), name)
+                grad = grad_view(module)
+                if grad is not None:
+                    self._zero(grad, name)
 
     def is_applied(self) -> bool:
         """Tell whether every pruned block is exactly zero. Waits for the device."""
@@ -203,7 +203,7 @@ class BlockMasks:
 
     def _set(self, name: str, mask: Tensor) -> None:
         self.masks[name] = mask
-        self.targets[name].block_mask = mask  # type: ignore[assignment]
+        self.targets[name].block_mask = mask
 
 
 def _num_removed(num_blocks: int, sparsity: float) -> int:

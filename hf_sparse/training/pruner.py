@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from hf_sparse.core.blocks import to_blocks
-from hf_sparse.core.targets import assign_block_shapes, find_targets, weight_view
+from hf_sparse.core.targets import assign_block_shapes, find_targets, grad_view, weight_view
 from hf_sparse.training.config import SparseDistillConfig
 from hf_sparse.training.distributed import broadcast_from_rank_0_
 from hf_sparse.training.masks import BlockMasks
@@ -66,10 +67,11 @@ class Pruner:
         for name, module in self.masks.targets.items():
             shape = self.masks.block_shapes[name]
             value, gradient = penalty_gradient(weight_view(module), shape, self._coef(name))
-            if module.weight.grad is None:
+            grad = grad_view(module)
+            if grad is None:
                 # A layer that the teacher stood in for in every micro-batch still feels the penalty.
-                module.weight.grad = torch.zeros_like(module.weight)
-            grad = module.weight.grad if weight_view(module) is module.weight else module.weight.grad.t()
+                module.weight.grad = torch.zeros_like(module.weight)  # type: ignore[arg-type]
+                grad = cast(Tensor, grad_view(module))
             if gradient_scale is not None:
                 gradient = gradient * gradient_scale
             to_blocks(grad, shape).add_(gradient.to(grad.dtype), alpha=plan.penalty_weight)
@@ -109,12 +111,14 @@ class Pruner:
                 f"sparsity_end={self.config.sparsity_end} of all steps; train on, or set an earlier sparsity_end."
             )
         if not self.masks.is_applied():
-            raise RuntimeError("training ended with weights in pruned blocks: something wrote to them after the last step.")
+            raise RuntimeError(
+                "training ended with weights in pruned blocks: something wrote to them after the last step."
+            )
 
     def _coef(self, name: str) -> Tensor | None:
         if name not in self.coefs:
             return None
-        weight = self.masks.targets[name].weight
-        if self.coefs[name].device != weight.device:
-            self.coefs[name] = self.coefs[name].to(weight.device)
+        device = weight_view(self.masks.targets[name]).device
+        if self.coefs[name].device != device:
+            self.coefs[name] = self.coefs[name].to(device)
         return self.coefs[name]

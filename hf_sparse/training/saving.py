@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -31,7 +32,7 @@ def save_final(
         masks: {name: [R, C]} of the layers to compress; empty = save dense.
         save_others: writes tokenizer, card and the like into the folder that it is given.
     """
-    to_save = compress(copy_to_cpu(model), masks=masks) if masks else model
+    to_save: Any = compress(copy_to_cpu(model), masks=masks) if masks else model
     with atomic_folder(folder, stale=lambda name: _WEIGHT_FILE.fullmatch(name) is not None) as staging:
         to_save.save_pretrained(staging)
         save_others(staging)

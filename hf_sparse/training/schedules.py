@@ -65,12 +65,13 @@ def plan_step(config: ScheduleConfig, step: int, total_steps: int) -> StepPlan:
     Raises:
         ValueError: if step or total_steps is out of range.
 
-    Source: cubic sparsity, Zhu and Gupta 2018, eq. 1; the graft probability, Sparse Progressive Distillation, ACL 2022.
+    Source: cubic sparsity, Zhu and Gupta 2018, eq. 1; graft probability, Sparse Progressive Distillation, ACL 2022.
 
     Example:
         >>> from types import SimpleNamespace
-        >>> config = SimpleNamespace(sparsity=0.8, sparsity_schedule="linear", sparsity_start=0.0, sparsity_end=0.5,
-        ...     mask_updates=2, penalty_weight=0.0, penalty_reweights=0, graft_start=0.5, graft_hold=0.0, graft_end=1.0)
+        >>> config = SimpleNamespace(
+        ...     sparsity=0.8, sparsity_schedule="linear", sparsity_start=0.0, sparsity_end=0.5, mask_updates=2,
+        ...     penalty_weight=0.0, penalty_reweights=0, graft_start=0.5, graft_hold=0.0, graft_end=1.0)
         >>> [plan_step(config, step, 8).sparsity for step in range(8)]
         [0.0, 0.0, 0.4, 0.4, 0.8, 0.8, 0.8, 0.8]
         >>> plan_step(config, 4, 8).graft_prob

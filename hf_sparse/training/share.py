@@ -78,4 +78,3 @@ def count_items(inputs: Mapping[str, Any], shifted: bool) -> Tensor:
         counted = labels[..., 1:] if shifted and labels.ndim > 1 else labels
         items = (counted != -100).sum().to(torch.float64)
     return torch.stack([items, torch.full_like(items, float(samples))])
-

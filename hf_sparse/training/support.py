@@ -51,4 +51,4 @@ def refuse_unsupported_model(model: nn.Module, config: SparseDistillConfig) -> N
 def predicts_next(model: nn.Module) -> bool:
     """Tell whether position i of the logits predicts label i + 1, as in causal language models."""
     encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss and not encoder_decoder
+    return LOSS_MAPPING.get(str(getattr(model, "loss_type", None))) is ForCausalLMLoss and not encoder_decoder

@@ -34,7 +34,9 @@ def load_teacher(teacher: nn.Module | str, student: nn.Module) -> nn.Module:
     if isinstance(teacher, str):
         teacher = _auto_class(student).from_pretrained(teacher)
     if not isinstance(teacher, nn.Module):
-        raise TypeError(f"teacher_model={teacher!r} must be a model, a path or a repo id, or None for a copy of the student.")
+        raise TypeError(
+            f"teacher_model={teacher!r} must be a model, a path or a repo id, or None for a copy of the student."
+        )
     if teacher is student or {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}:
         raise ValueError(
             "teacher_model shares parameters with the model being trained, so both would be pruned. "
@@ -61,9 +63,9 @@ def check_teacher(student: nn.Module, teacher: nn.Module, config: SparseDistillC
     _same(mine, theirs, "vocab_size", "teacher_model", "the same tokenizer, so that both read the same token ids", "")
     if config.kd_weight:
         _same(mine, theirs, "num_labels", f"kd_weight={config.kd_weight}", "the same labels", "kd_weight=0")
-        labels = [getattr(c, "label2id", None) for c in (mine, theirs)]
+        labels: list[dict[str, int]] = [getattr(c, "label2id", None) or {} for c in (mine, theirs)]
         # The same names in another order would teach the student the wrong classes.
-        if all(labels) and set(labels[0]) == set(labels[1]) and labels[0] != labels[1]:
+        if set(labels[0]) == set(labels[1]) and labels[0] != labels[1]:
             raise ValueError(
                 f"teacher_model orders the labels as {labels[1]}, the model as {labels[0]}: reload one of them with "
                 f"the other's label2id and id2label."

@@ -1,0 +1,96 @@
+"""The teacher's part in a run: taken in time, asked in every step, grafted into the student."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_sparse.training.config import SparseDistillConfig
+from hf_sparse.training.graft import graft_at, graft_sites
+from hf_sparse.training.schedules import StepPlan, graft_draws
+from hf_sparse.training.teacher import check_teacher, copy_as_teacher, fingerprint, load_teacher, return_attention_maps
+
+
+class Distiller:
+    """Holds the teacher of a run, if its settings use one.
+
+    Args:
+        student: the model to train; only checked here.
+        config: the run's settings.
+        given: the teacher that the caller chose: a model, a path or a repo id; None = a copy of the student.
+
+    Raises:
+        ValueError: if the teacher does not fit the settings.
+    """
+
+    def __init__(self, student: nn.Module, config: SparseDistillConfig, given: nn.Module | str | None) -> None:
+        self.config, self.was_given = config, given is not None
+        self.teacher: nn.Module | None = None
+        self._hooked: nn.Module | None = None
+        if config.attention_weight:
+            return_attention_maps(student)
+        if given is not None and config.needs_teacher:
+            self.teacher = load_teacher(given, student)
+            check_teacher(student, self.teacher, config)
+        elif config.graft_start < 1.0:
+            graft_sites(student, student)
+
+    def hire(self, student: nn.Module, device: torch.device) -> nn.Module:
+        """Give the teacher, on the device; where none was given, the first call copies the student as it is then."""
+        if self.teacher is None:
+            self.teacher = copy_as_teacher(student)
+        if self.config.attention_weight:
+            return_attention_maps(self.teacher)
+        return self.teacher.to(device)
+
+    def asked_of_models(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Add to a batch what the losses need both models to return."""
+        asked = dict(inputs)
+        if self.config.hidden_weight:
+            asked["output_hidden_states"] = True
+        if self.config.attention_weight:
+            asked["output_attentions"] = True
+        return asked
+
+    @torch.no_grad()
+    def teacher_outputs(self, student: nn.Module, asked: Mapping[str, Any], device: torch.device) -> Any:
+        """Run the teacher on a batch; None where no loss compares with it.
+
+        Call it before the student's forward: a teacher's first forward installs the hooks that record what its layers
+        return when they are grafted.
+        """
+        config = self.config
+        if not (config.kd_weight or config.hidden_weight or config.attention_weight):
+            return None
+        outputs = self.hire(student, device)(**asked)
+        self._install_recording_hooks(student, asked)
+        return outputs
+
+    @contextlib.contextmanager
+    def grafted(self, student: nn.Module, plan: StepPlan, device: torch.device) -> Iterator[None]:
+        """Run the teacher's layers where this step's draws say so, until the block ends."""
+        if plan.graft_prob >= 1.0:
+            yield
+            return
+        sites = graft_sites(student, self.hire(student, device))
+        with graft_at(sites, graft_draws(plan.graft_prob, len(sites), self.config.seed, plan.step)):
+            yield
+
+    def agreed_facts(self) -> dict[str, Any]:
+        """Give what a resumed run has to agree with: which teacher it is."""
+        return {} if self.teacher is None else {"teacher": fingerprint(self.teacher)}
+
+    def _install_recording_hooks(self, student: nn.Module, asked: Mapping[str, Any]) -> None:
+        # transformers hooks a model's layers at the first forward that asks for hidden states or attention maps. If
+        # teacher layers stood in for some then, they would be hooked twice and the student's own never: so the first
+        # such forward is an ungrafted one, in eval mode, where it draws no random numbers.
+        recorded = self.config.hidden_weight or self.config.attention_weight
+        if recorded and self.config.graft_start < 1.0 and self._hooked is not student:
+            self._hooked = student
+            student.eval()
+            student(**asked)
+            student.train()
