@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from hf_sparse.core.blocks import BlockShape, grid_shape, to_blocks
+from hf_sparse.core.blocks import BlockShape, grid_shape, scale_blocks_, to_blocks
 from hf_sparse.core.targets import assign_block_shapes, find_targets, grad_view, weight_view
 from hf_sparse.training.importance import magnitude
 
@@ -180,12 +180,15 @@ class BlockMasks:
     def _keep_globally(self, ranked: dict[str, Tensor], sparsity: float) -> dict[str, Tensor]:
         sizes = {name: self.block_shapes[name][0] * self.block_shapes[name][1] for name in ranked}
         scores = torch.cat(list(ranked.values()))
-        device = scores.device
-        size_of = torch.cat([torch.full_like(score, sizes[n], dtype=torch.long) for n, score in ranked.items()])
-        budget = int(sparsity * sum(score.numel() * sizes[n] for n, score in ranked.items()) + 0.5)
-        order = torch.sort(scores, stable=True).indices
-        keep = torch.empty_like(scores, dtype=torch.bool)
-        keep[order] = size_of[order].cumsum(0) > torch.tensor(budget, device=device)
+        if len(set(sizes.values())) == 1:
+            keep = _keep_highest(scores, _num_removed(scores.numel(), sparsity))
+        else:
+            # Blocks of several sizes: the lowest ones go until their weights fill the budget.
+            size_of = torch.cat([torch.full_like(score, sizes[n], dtype=torch.long) for n, score in ranked.items()])
+            budget = int(sparsity * sum(score.numel() * sizes[n] for n, score in ranked.items()) + 0.5)
+            order = torch.sort(scores, stable=True).indices
+            keep = torch.empty_like(scores, dtype=torch.bool)
+            keep[order] = size_of[order].cumsum(0) > budget
         return dict(zip(ranked, keep.split([score.numel() for score in ranked.values()]), strict=True))
 
     def _removed_weights(self, name: str) -> int:
@@ -193,8 +196,7 @@ class BlockMasks:
         return int((~self.masks[name]).sum()) * h * w
 
     def _zero(self, tensor: Tensor, name: str) -> None:
-        mask = self._mask_on(name, tensor.device)
-        to_blocks(tensor, self.block_shapes[name]).masked_fill_(~mask[:, :, None, None], 0.0)
+        scale_blocks_(tensor, self._mask_on(name, tensor.device), self.block_shapes[name])
 
     def _mask_on(self, name: str, device: torch.device) -> Tensor:
         if self.masks[name].device != device:
@@ -211,7 +213,10 @@ def _num_removed(num_blocks: int, sparsity: float) -> int:
 
 
 def _keep_highest(scores: Tensor, num_removed: int) -> Tensor:
-    # A stable sort breaks ties by position, the same on every rank and device.
-    keep = torch.ones_like(scores, dtype=torch.bool)
-    keep[torch.sort(scores, stable=True).indices[:num_removed]] = False
-    return keep
+    if num_removed == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    # Selection in linear time. Ties go by position, the same on every rank and device, as a stable sort would do.
+    threshold = torch.kthvalue(scores, num_removed).values
+    below, tied = scores < threshold, scores == threshold
+    removed_ties = num_removed - below.sum()
+    return ~(below | (tied & (tied.cumsum(0) <= removed_ties)))

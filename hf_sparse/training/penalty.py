@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_sparse.core.blocks import BlockShape, block_norms, to_blocks
+from hf_sparse.core.blocks import BlockShape, block_norms, scale_blocks_, to_blocks
 
 
 def group_lasso(weight: Tensor, block_shape: BlockShape, coef: Tensor | None = None) -> Tensor:
@@ -64,13 +64,12 @@ def penalty_gradient(weight: Tensor, block_shape: BlockShape, coef: Tensor | Non
         coef: [R, C]; None = 1 for every block.
 
     Returns:
-        The value, a scalar; the gradient as a grid of blocks [R, C, h, w] in the weight's dtype.
+        The value, a scalar; the gradient [O, I] in the weight's dtype.
     """
     norms = block_norms(weight, block_shape)
     coef = torch.ones_like(norms) if coef is None else coef
     scale = torch.where(norms > 0, coef / torch.where(norms > 0, norms, 1.0), 0.0)
-    gradient = to_blocks(weight, block_shape) * scale[:, :, None, None].to(weight.dtype)
-    return (coef * norms).sum(), gradient
+    return (coef * norms).sum(), scale_blocks_(weight.clone(), scale, block_shape)
 
 
 @torch.no_grad()
@@ -95,7 +94,7 @@ def proximal_shrink_(weight: Tensor, block_shape: BlockShape, coef: Tensor | Non
     norms = block_norms(weight, block_shape)
     coef = torch.ones_like(norms) if coef is None else coef
     factor = (1.0 - threshold * coef / torch.where(norms > 0, norms, 1.0)).clamp_(min=0.0)
-    to_blocks(weight, block_shape).mul_(factor[:, :, None, None].to(weight.dtype))
+    scale_blocks_(weight, factor, block_shape)
     return (coef * norms).sum()
 
 

@@ -8,7 +8,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from hf_sparse.core.blocks import to_blocks
 from hf_sparse.core.targets import assign_block_shapes, find_targets, grad_view, weight_view
 from hf_sparse.training.config import SparseDistillConfig
 from hf_sparse.training.distributed import broadcast_from_rank_0_
@@ -74,7 +73,7 @@ class Pruner:
                 grad = cast(Tensor, grad_view(module))
             if gradient_scale is not None:
                 gradient = gradient * gradient_scale
-            to_blocks(grad, shape).add_(gradient.to(grad.dtype), alpha=plan.penalty_weight)
+            grad.add_(gradient, alpha=plan.penalty_weight)
             values.append(value)
         return torch.stack(values).sum()
 
