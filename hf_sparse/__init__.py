@@ -9,12 +9,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from hf_sparse.core.packing import FormatError
+from hf_sparse.core.packing import FormatError as FormatError
 from hf_sparse.core.report import report
 from hf_sparse.inference.compress import compress, decompress
 from hf_sparse.inference.linear import BlockSparseLinear
 from hf_sparse.inference.loading import BlockSparseConfig, load_dense, register
-from hf_sparse.version import __version__
+from hf_sparse.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from hf_sparse.training.config import SparseDistillConfig
@@ -39,7 +39,6 @@ __all__ = [
     "BlockMasks",
     "BlockSparseConfig",
     "BlockSparseLinear",
-    "FormatError",
     "SparseDistillConfig",
     "SparseDistillTrainer",
     "compress",
@@ -50,7 +49,6 @@ __all__ = [
     "load_dense",
     "plan_step",
     "report",
-    "__version__",
 ]
 
 register()

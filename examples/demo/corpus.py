@@ -1,7 +1,7 @@
 """Real text that is already on every machine: which package does this sentence of a docstring come from?
 
 Sources are parsed, never imported. A file belongs wholly to the training or wholly to the test split. A sentence is
-kept once, and not at all where two packages share it. The names of all packages are masked.
+kept once, and not at all where two packages share it. The names of the packages are masked.
 """
 
 from __future__ import annotations
@@ -10,85 +10,145 @@ import ast
 import hashlib
 import importlib.metadata
 import importlib.util
-import inspect
-import re
-from collections.abc import Iterator
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from tqdm.auto import tqdm
 
-# All of them come with hf_sparse: some it requires itself, the others its requirements do.
-PACKAGES = ("huggingface_hub", "networkx", "numpy", "pandas", "sympy", "torch", "transformers")
-MASKED = "this package"
+from examples.demo.prose import letters, sentences
+
+# All of them come with hf_sparse: two it requires itself, the others its requirements do.
+PACKAGES = ("networkx", "numpy", "pandas", "sympy", "torch", "transformers")
 TEST_SHARE = 0.25
-WORDS = (6, 40)
-
-_NAMES = re.compile(
-    r"\b(?:(?:the )?(?:hugging ?face(?:[ _-]hub)?|networkx|nx|numpy|np|pandas|pd|sympy|pytorch|torch|transformers))\b",
-    re.IGNORECASE,
-)
-_LISTS = re.compile(
-    r"(?:other |keyword )?(?:arg(?:ument)?s?|param(?:eter)?s?|returns?|yields?|raises?|examples?|see also|references?|"
-    r"attributes?|methods|warns?|usage|shapes?|inputs?|outputs?|citations?|bibliography)\b[^.]{0,20}:{0,2}",
-    re.IGNORECASE,
-)
-_TALK = re.compile(r"(?:notes?|warnings?|tips?|description|explanation|background)\s*:{0,2}", re.IGNORECASE)
-_UNDERLINE = re.compile(r"\s*[-=~^*#]{3,}\s*")
-_NOT_PROSE = re.compile(r"\s*(?:>>>|\.\.|[-*+•] |\(?\d+[.)] |:\w+|[@|#$<\\]|```|~~~)")
-_LINK = re.compile(r"\[([^\]]*)\]\([^)]*\)|`([^`<]*)<[^`]*>`_+")
-_CODE = re.compile(r":\w+(?::\w+)*:`[^`]*`|\[?``?[^`]*``?\]?_*")
-_PLAIN = re.compile(r"[A-Za-z][A-Za-z -]*")
-_NOT_ENGLISH = re.compile(r"https?:|www\.|arxiv|\w_|_\w|\w\.\w|\w\(|\)\w|[][{}<>=|\\/@#$^*~`]|--|\.\.\.|\d\s*[+*-]\s*\d", re.I)
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
+# Rows that another package turns out to share are dropped at the end, so a few more are collected.
+SPARE = 1.1
+# No file may speak for its package where the score is taken.
+PER_FILE = {"train": None, "test": 30}
 
 
-@dataclass(frozen=True)
-class Sentence:
-    """One sentence, the package it comes from and the file it stands in, relative to the package."""
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """A classification set and where it came from.
 
-    text: str
-    package: str
-    file: str
-
-    @property
-    def key(self) -> str:
-        """What makes two sentences the same: their letters, without case, digits and punctuation."""
-        return re.sub(r"[^a-z]+", " ", self.text.lower()).strip()
-
-
-def sentences(docstring: str) -> list[str]:
-    """Take the plain English sentences out of a docstring: no code, lists, markup or links, names masked.
-
-    Example:
-        >>> sentences("Draw the nodes of a graph with NetworkX.\\n\\nParameters\\n----------\\nG : a graph to be drawn.")
-        ['Draw the nodes of a graph with this package.']
+    Attributes:
+        splits: "train" and "test", each balanced, with columns text (str), label (class index) and file (str, relative
+            to site-packages).
+        facts: versions of the packages, rows, files read, files the parser refused, SHA-256 of all rows.
     """
-    found = []
-    for paragraph in _paragraphs(inspect.cleandoc(docstring)):
-        text = _LINK.sub(lambda m: m[1] or m[2], paragraph)
-        # A quoted English word stays; anything else in quotes is code and its sentence goes.
-        text = _CODE.sub(lambda m: m[0].strip("`") if _PLAIN.fullmatch(m[0].strip("`")) else "{}", text)
-        for sentence in _SENTENCE_END.split(" ".join(text.split())):
-            sentence = _NAMES.sub(MASKED, sentence)
-            words = sentence.split()
-            whole = sentence[:1].isupper() and sentence.endswith((".", "!", "?")) and sentence.isascii()
-            if whole and WORDS[0] <= len(words) <= WORDS[1] and not _NOT_ENGLISH.search(sentence):
-                found.append(sentence)
+
+    splits: DatasetDict
+    facts: dict[str, Any]
+
+
+def build_corpus(train_rows: int, test_rows: int, packages: Sequence[str] = PACKAGES) -> Corpus:
+    """Read docstrings until every package has given its share of both splits.
+
+    The same versions of the packages give the same rows in the same order.
+
+    Args:
+        train_rows: rows of the training split, at least one per package; rounded down to a multiple of the packages.
+        test_rows: the same for the test split.
+        packages: names of installed packages; the labels, in this order.
+
+    Raises:
+        ModuleNotFoundError: if a package is not installed.
+        ValueError: if a package has too little text.
+    """
+    wanted = {"train": train_rows // len(packages), "test": test_rows // len(packages)}
+    read = {package: _read_package(package, wanted) for package in packages}
+    owners = Counter(key for found in read.values() for split in wanted for key in found.rows[split])
+    splits = {}
+    for split, count in wanted.items():
+        columns = []
+        for label, package in enumerate(packages):
+            own = [(*row, label) for key, row in read[package].rows[split].items() if owners[key] == 1]
+            if len(own) < count:
+                raise ValueError(
+                    f"{package} {importlib.metadata.version(package)} has {len(own)} usable sentences for the {split} "
+                    f"split, {count} are needed. Ask for fewer rows or leave the package out."
+                )
+            columns.append(own[:count])
+        # One row of each package in turn: every prefix is balanced.
+        splits[split] = [row for turn in zip(*columns, strict=True) for row in turn]
+    digest = hashlib.sha256("\n".join(f"{s}\t{r[2]}\t{r[0]}" for s in wanted for r in splits[s]).encode()).hexdigest()
+    facts = {
+        "versions": {package: importlib.metadata.version(package) for package in packages},
+        "rows": {split: len(rows) for split, rows in splits.items()},
+        "files_read": {package: found.files for package, found in read.items()},
+        "files_refused": {package: found.refused for package, found in read.items()},
+        "sha256": digest,
+    }
+    features = Features(text=Value("string"), file=Value("string"), label=ClassLabel(names=list(packages)))
+    made = {
+        split: Dataset.from_dict(dict(zip(("text", "file", "label"), zip(*rows, strict=True), strict=True)), features)
+        for split, rows in splits.items()
+    }
+    return Corpus(splits=DatasetDict(made), facts=facts)
+
+
+@dataclass
+class _Found:
+    rows: dict[str, dict[str, tuple[str, str]]]
+    files: int = 0
+    refused: int = 0
+
+
+def _read_package(package: str, wanted: dict[str, int]) -> _Found:
+    root = package_folder(package)
+    paths = {f"{package}/{path.relative_to(root).as_posix()}": path for path in root.rglob("*.py")}
+    # Test helpers say little about what a package is for, and there are thousands of them.
+    names = [name for name in paths if not {"tests", "test", "testing"} & set(name.split("/"))]
+    found = _Found(rows={"train": {}, "test": {}})
+    need = {split: int(count * SPARE) for split, count in wanted.items()}
+    with tqdm(total=sum(need.values()), desc=f"reading {package}", unit=" sentences") as bar:
+        for name in sorted(names, key=_draw):
+            split = "test" if _draw(name) < TEST_SHARE else "train"
+            other = found.rows["train" if split == "test" else "test"]
+            if len(found.rows[split]) >= need[split]:
+                continue
+            docstrings = _docstrings(paths[name])
+            found.files, found.refused = found.files + 1, found.refused + (docstrings is None)
+            texts = {letters(text): text for docstring in docstrings or [] for text in sentences(docstring)}
+            fresh = [key for key in texts if key not in other and key not in found.rows[split]]
+            found.rows[split].update((key, (texts[key], name)) for key in fresh[: PER_FILE[split]])
+            done = sum(min(len(found.rows[s]), need[s]) for s in need)
+            bar.update(done - bar.n)
     return found
 
 
-def _paragraphs(text: str) -> Iterator[str]:
-    talking = True
-    for block in re.split(r"\n\s*\n", text):
-        lines = block.split("\n")
-        title = lines[0].strip()
-        if len(lines) > 1 and _UNDERLINE.fullmatch(lines[1]):
-            talking, lines = _LISTS.fullmatch(title) is None, lines[2:]
-        elif _LISTS.fullmatch(title):
-            talking = False
-        elif _TALK.fullmatch(title):
-            talking, lines = True, lines[1:]
-        if talking and lines and not any(_NOT_PROSE.match(line) for line in lines):
-            yield "\n".join(lines)
+def package_folder(package: str) -> Path:
+    """Find where a package is installed, without importing it.
+
+    Raises:
+        ModuleNotFoundError: if it is not installed.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(
+            f"the corpus is made from the docstrings of {package}, which is not installed in {sys.prefix}. It comes "
+            f"with hf_sparse's own requirements: pip install '.[demo]', or make demo."
+        )
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _docstrings(path: Path) -> list[str] | None:
+    # A package may ship files for a newer Python than this one; they are counted as refused.
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)
+            tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return None
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    return [text for node in ast.walk(tree) if isinstance(node, kinds) and (text := ast.get_docstring(node))]
+
+
+def _draw(name: str) -> float:
+    # Uniform in [0, 1), the same on every machine.
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -21,6 +22,9 @@ from hf_sparse.hub.filters import FILTERS, is_hub_id
 
 CARD_FILE = "README.md"
 TAGS = ("hf_sparse", "block-sparse", "pruned")
+
+# Absolute, or relative to here, to home, or to a drive.
+_LOCAL_PATH = re.compile(r"\.{0,2}[/\\]|~|[A-Za-z]:[/\\]")
 
 _DIGEST_LINE = "<!-- rendered by hf_sparse from hf_sparse_card.json, sha256 of the text above: {} -->\n"
 _DIGEST_PATTERN = re.compile(re.escape(_DIGEST_LINE).replace(r"\{\}", "([0-9a-f]{64})"))
@@ -75,6 +79,9 @@ def card_metadata(facts: CardFacts) -> ModelCardData:
 def write_card(folder: str | os.PathLike[str], facts: CardFacts, keep_edited: bool = False) -> Path:
     """Write README.md and, beside it, the facts that it was rendered from.
 
+    Base model and teacher given as local folders are recorded by the last part of their path: what is published must
+    not tell how somebody's disk is laid out, nor pass for a name on the Hub.
+
     Args:
         folder: the model folder; made if missing.
         facts: what was recorded.
@@ -88,6 +95,7 @@ def write_card(folder: str | os.PathLike[str], facts: CardFacts, keep_edited: bo
         FileExistsError: with `keep_edited`, if README.md is not as it was rendered.
         OSError: if the folder cannot be written.
     """
+    facts = replace(facts, base_model=_without_path(facts.base_model), teacher=_without_path(facts.teacher))
     card, text = Path(folder) / CARD_FILE, render_card(facts)
     if keep_edited and card.exists() and not is_rendered(card.read_text(encoding="utf-8")):
         raise FileExistsError(f"{card} was written or edited by hand and would be lost.")
@@ -117,6 +125,12 @@ def is_rendered(text: str) -> bool:
     """
     found = list(_DIGEST_PATTERN.finditer(text))
     return bool(found) and found[-1].end() == len(text) and found[-1][1] == _digest(text[: found[-1].start()])
+
+
+def _without_path(name: str | None) -> str | None:
+    """Keep the last part alone of the name of a folder on somebody's disk."""
+    local = name and (_LOCAL_PATH.match(name) or os.path.isdir(name))
+    return re.split(r"[/\\]+", name.rstrip("/\\"))[-1] if name and local else name
 
 
 def _eval_results(facts: CardFacts) -> list[EvalResult]:

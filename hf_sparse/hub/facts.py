@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
@@ -222,6 +222,32 @@ def read_facts(file: str | os.PathLike[str]) -> CardFacts:
         raise FormatError(f"{file}: {error}") from error
     except ValueError as error:
         raise FormatError(f"{file} is not JSON: {error}") from error
+
+
+def latency_facts(rows: Iterable[Mapping[str, Any]], hardware: str, command: str) -> tuple[LatencyFacts, ...]:
+    """Pair the rows that `inference.bench.compare_models` gave: the pruned model beside the dense one.
+
+    Args:
+        rows: for each input a "dense" row, then an "hf_sparse" row.
+        hardware: the machine.
+        command: what to type to measure them again.
+    """
+    rows = list(rows)
+    return tuple(
+        LatencyFacts(
+            batch=pruned["batch"],
+            length=pruned["length"],
+            ms=pruned["ms"],
+            dense_ms=dense["ms"],
+            engine=pruned["engine"],
+            dense_engine="torch",
+            dtype=pruned["dtype"],
+            threads=pruned["threads"] if pruned["device"] == "cpu" else None,
+            hardware=hardware,
+            command=command,
+        )
+        for dense, pruned in zip(rows[0::2], rows[1::2], strict=True)
+    )
 
 
 def recipe_facts(config: Any) -> dict[str, Any]:

@@ -12,28 +12,28 @@ from hf_sparse.hub.facts import CostFacts, DataFacts, LatencyFacts, MetricFacts
 
 GAP = "not measured"
 
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def is_hub_id(name: str) -> bool:
-    """Tell whether a name can be a repository on the Hub; paths of local folders cannot.
+    """Tell whether a name is that of a repository on the Hub: namespace/name, not a path and not a bare word.
 
     Example:
-        >>> is_hub_id("google-bert/bert-base-uncased"), is_hub_id("/home/me/model"), is_hub_id("./model")
+        >>> is_hub_id("google-bert/bert-base-uncased"), is_hub_id("/home/me/model"), is_hub_id("my-teacher")
         (True, False, False)
     """
     return bool(_HUB_ID.fullmatch(name)) and ".." not in name
 
 
 def text(value: str) -> str:
-    """Make recorded text safe in a sentence: one line, no HTML of its own.
+    """Make recorded text safe in a sentence: one line, no HTML and no code span of its own.
 
     Example:
         >>> text("a  <i>\\n b")
         'a &lt;i&gt; b'
     """
     line = " ".join(value.split())
-    return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("`", "&#96;")
 
 
 def code(value: str) -> str:
@@ -107,11 +107,10 @@ def change(metric: MetricFacts) -> str:
 
 
 def model_link(name: str) -> str:
-    """Link a model of the Hub; of a local folder tell the last part alone, its path is nobody's business."""
-    if is_hub_id(name) and "/" in name:
+    """Link a model of the Hub; the name of a local one stays a name."""
+    if is_hub_id(name):
         return f"[{name}](https://huggingface.co/{name})"
-    last = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
-    return f"`{code(last)}`"
+    return f"`{code(name)}`"
 
 
 def data_line(data: DataFacts) -> str:

@@ -47,7 +47,6 @@ def push_folder(
     create_pr: bool = False,
     token: str | None = None,
     message: str | None = None,
-    endpoint: str | None = None,
 ) -> str:
     """Publish a model folder: weights, tokenizer, card and everything else in it but the state of training.
 
@@ -61,7 +60,6 @@ def push_folder(
         create_pr: open a pull request instead of pushing; the repository has to exist.
         token: access token; None takes HF_TOKEN or the one that `hf auth login` stored.
         message: title of the commit or pull request.
-        endpoint: address of the Hub; None takes HF_ENDPOINT or the public one.
 
     Returns:
         Address of the repository, branch or pull request.
@@ -84,7 +82,7 @@ def push_folder(
             f"create_pr opens a pull request against the main branch of an existing repository: leave revision "
             f"({revision!r}) out and name the repository in full ({repo_id!r} must be namespace/name)."
         )
-    api = HfApi(endpoint=endpoint, token=token)
+    api = HfApi(token=token)
     try:
         return _push(api, Path(folder), repo_id, private, revision, create_pr, message)
     except HfHubHTTPError as error:
@@ -92,7 +90,7 @@ def push_folder(
     except (HTTPError, OSError, RuntimeError) as error:
         raise PushError(
             f"{api.endpoint} could not be reached, or the connection broke ({error or type(error).__name__}). "
-            f"Local files are untouched: push again; what has arrived already is not sent twice."
+            f"Local files are untouched: push again."
         ) from error
 
 
@@ -103,7 +101,7 @@ def _push(
         repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
         # The Hub ignores `private` for a repository that exists already.
         if private and not api.repo_info(repo_id).private:
-            raise PushError(
+            raise ValueError(
                 f"{repo_id} exists and is public: make it private in its settings, or push to another name."
             )
         if revision is not None:

@@ -1,93 +1,246 @@
-"""Checks on the files of a compressed model: every tensor it promises is there, with the shape and bits it promises."""
+"""The files of a compressed model, checked: every tensor is there, with the shape, dtype and bits it should have.
+
+All of it happens on headers and bitmaps, before a weight is allocated. Nothing here trusts a file.
+"""
 
 from __future__ import annotations
 
+import re
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor
 
-from hf_sparse.core.packing import MASK_SUFFIX, FormatError, LayerFormat, unpack_mask
-from hf_sparse.core.targets import is_linear, weight_view
+from hf_sparse.core.packing import FORMAT_VERSION, MASK_SUFFIX, FormatError, LayerFormat, unpack_mask
+from hf_sparse.core.targets import find_stacks, is_conv1d, is_linear, weight_view
 
+VERSION_KEY = "hf_sparse_format_version"
+CHECKSUM_KEY = "hf_sparse_masks_crc32"
+
+_MASK_KEY = ".weight" + MASK_SUFFIX
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What a file's header says of one tensor."""
+    """What the header of a file says of one tensor."""
 
     file: str
     shape: tuple[int, ...]
     dtype: str
 
 
-def read_headers(files: Iterable[str] | None) -> dict[str, StoredTensor]:
-    """Read the headers of safetensors files: {tensor name: StoredTensor}.
+@dataclass(frozen=True)
+class Headers:
+    """What the headers of all files say.
+
+    Attributes:
+        tensors: {tensor name: StoredTensor}.
+        checksums: {file: checksum of the bitmaps}, for the files that hold one.
+    """
+
+    tensors: dict[str, StoredTensor]
+    checksums: dict[str, str]
+
+
+def header_strings(bitmaps: dict[str, Tensor]) -> dict[str, str]:
+    """Give what a writer adds to the header of each weights file.
+
+    Args:
+        bitmaps: {name of the bitmap tensor: uint8}.
+    """
+    strings = {VERSION_KEY: str(FORMAT_VERSION)}
+    # Layers that are offloaded while the model is saved have no bits at hand; the checksum is optional.
+    if not any(bitmap.is_meta for bitmap in bitmaps.values()):
+        strings[CHECKSUM_KEY] = _checksum(bitmaps)
+    return strings
+
+
+def read_headers(files: Iterable[str] | None) -> Headers:
+    """Read the headers of safetensors files, and nothing else of them.
 
     Raises:
-        FormatError: if there is none, or one is not a whole safetensors file.
+        FormatError: if there is no file, one is not a whole safetensors file or of a newer version, or two hold the
+            same tensor.
     """
     if not files:
-        raise FormatError("a compressed model is loaded from safetensors files, found none (state_dict=... has none).")
+        raise FormatError(
+            "a compressed model is loaded from its safetensors files, and none were given. "
+            "For a state_dict in memory use model.load_state_dict on a model that is compressed already."
+        )
     tensors: dict[str, StoredTensor] = {}
+    checksums: dict[str, str] = {}
     for file in map(str, files):
         if not file.endswith(".safetensors"):
-            raise FormatError(f"{file}: a compressed model is stored as safetensors, nothing else is opened.")
+            raise FormatError(f"{file}: a compressed model is stored as safetensors; other files are not opened.")
+        with _open(file) as handle:
+            metadata = handle.metadata() or {}
+            version = metadata.get(VERSION_KEY, str(FORMAT_VERSION))
+            if version != str(FORMAT_VERSION):
+                raise FormatError(
+                    f"{file}: its header says {VERSION_KEY}={version!r}, config.json says {FORMAT_VERSION}."
+                )
+            if CHECKSUM_KEY in metadata:
+                checksums[file] = metadata[CHECKSUM_KEY]
+            for key in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
+                if key in tensors:
+                    raise FormatError(f"{key} is stored twice, in {tensors[key].file} and in {file}.")
+                view = handle.get_slice(key)
+                tensors[key] = StoredTensor(file, tuple(view.get_shape()), view.get_dtype())
+    return Headers(tensors, checksums)
+
+
+def check_bitmaps(headers: Headers, formats: dict[str, LayerFormat]) -> None:
+    """Check the values and the bitmap of every compressed layer against what config.json says of them.
+
+    Raises:
+        FormatError: if a tensor is missing, has another shape or dtype, or a bitmap has other bits than it should.
+    """
+    bitmaps = {}
+    for name, layer in formats.items():
+        _check_tensor(headers, name + ".weight", layer.values_shape, _FLOATS)
+        found = _check_tensor(headers, name + _MASK_KEY, (layer.mask_bytes,), ("U8",))
+        with _open(found.file) as handle:
+            bitmap = bitmaps[name + _MASK_KEY] = handle.get_tensor(name + _MASK_KEY)
         try:
-            with safe_open(file, framework="pt") as handle:
-                for key in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    view = handle.get_slice(key)
-                    tensors[key] = StoredTensor(file, tuple(view.get_shape()), view.get_dtype())
-        except SafetensorError as error:
-            raise FormatError(f"{file} is not a whole safetensors file: {error}") from error
-    return tensors
+            population = int(unpack_mask(bitmap, layer.grid).sum(dtype=torch.int64))
+        except FormatError as error:
+            raise FormatError(f"{found.file}: {name + _MASK_KEY}: {error}") from error
+        if population != layer.kept:
+            raise FormatError(
+                f"{found.file}: {name + _MASK_KEY} keeps {population} blocks, config.json says {layer.kept}."
+            )
+    for key in headers.tensors:
+        if key.endswith(_MASK_KEY) and key not in bitmaps:
+            raise FormatError(
+                f"{headers.tensors[key].file} holds {key}, but config.json does not list the layer "
+                f"{key.removesuffix(_MASK_KEY)!r} in quantization_config['modules']."
+            )
+    for file, checksum in headers.checksums.items():
+        if checksum != (found_checksum := _checksum(bitmaps)):
+            raise FormatError(
+                f"{file}: the bitmaps have the checksum {found_checksum}, its header says {checksum}. "
+                f"The file is damaged: get it again."
+            )
 
 
-def match_modules(
-    model: nn.Module, formats: dict[str, LayerFormat], tensors: dict[str, StoredTensor]
-) -> dict[str, str]:
-    """Find the layers of a checkpoint in a model: {name in the checkpoint: name in the model}."""
-    prefix = getattr(model, "base_model_prefix", "") + "."
-    names = {name for name, _ in model.named_modules()}
+def match_modules(model: Any, headers: Headers, formats: dict[str, LayerFormat]) -> dict[str, str]:
+    """Find the compressed layers in a model and check them and their neighbours against it.
+
+    A checkpoint of a model with a head and one of the bare model differ by the prefix `model.base_model_prefix`; both
+    load into both, as always in transformers.
+
+    Args:
+        model: a `PreTrainedModel` on the meta device, dense.
+        headers: of its checkpoint.
+        formats: {name in the checkpoint: geometry}.
+
+    Returns:
+        {name in the checkpoint: name in the model}; without layers of a head that this class does not have.
+
+    Raises:
+        FormatError: if a layer is missing in the model or is no linear of that shape there, or if a tensor beside the
+            compressed layers is missing in the checkpoint or has another shape.
+    """
+    local_names = _local_names(model, headers)
     matched = {}
-    for name in formats:
-        for local in (name, name.removeprefix(prefix), prefix + name):
-            if local in names:
-                matched[name] = local
-                break
-        else:
-            raise FormatError(f"quantization_config lists the layer {name!r}, which {type(model).__name__} lacks.")
+    for name, layer in formats.items():
+        local = local_names.get(name + ".weight", "").removesuffix(".weight")
+        if not local:
+            if _may_be_absent(model, headers, name):
+                continue
+            raise FormatError(
+                f"config.json lists the compressed layer {name!r}, which {type(model).__name__} as configured lacks."
+            )
+        _check_linear(model.get_submodule(local), name, layer)
+        matched[name] = local
+    _check_neighbours(model, headers, local_names, set(matched.values()))
     return matched
 
 
-def check_tensors(
-    model: nn.Module, formats: dict[str, LayerFormat], tensors: dict[str, StoredTensor], names: dict[str, str]
-) -> None:
-    """Check the stored tensors of every compressed layer against `formats` and against the model."""
-    for name, local in names.items():
-        layer, linear = formats[name], model.get_submodule(local)
-        if not is_linear(linear) or tuple(weight_view(linear).shape) != layer.dense_shape:
-            raise FormatError(f"{name}: expected a linear of {list(layer.dense_shape)}, the model has {linear}.")
-        for key, shape, dtypes in (
-            (name + ".weight", layer.values_shape, _FLOATS),
-            (name + ".weight" + MASK_SUFFIX, (layer.mask_bytes,), ("U8",)),
-        ):
-            found = tensors.get(key)
-            if found is None:
-                raise FormatError(f"{key} is missing from the checkpoint.")
-            if found.shape != shape or found.dtype not in dtypes:
-                raise FormatError(
-                    f"{found.file}: {key} should be {' or '.join(dtypes)} of shape {list(shape)}, found {found.dtype} "
-                    f"of shape {list(found.shape)}."
-                )
-        key = name + ".weight" + MASK_SUFFIX
-        with safe_open(tensors[key].file, framework="pt") as handle:
-            try:
-                population = int(unpack_mask(handle.get_tensor(key), layer.grid).sum(dtype=torch.int64))
-            except FormatError as error:
-                raise FormatError(f"{tensors[key].file}: {key}: {error}") from error
-        if population != layer.kept:
-            raise FormatError(f"{tensors[key].file}: {key} keeps {population} blocks, config.json says {layer.kept}.")
+def _check_linear(module: Any, name: str, layer: LayerFormat) -> None:
+    if not is_linear(module):
+        raise FormatError(f"config.json lists the compressed layer {name!r}, which is a {type(module).__name__} here.")
+    shape, transposed = tuple(weight_view(module).shape), is_conv1d(module)
+    if (shape, transposed) != (layer.dense_shape, layer.transposed):
+        raise FormatError(
+            f"{name}: config.json says dense_shape {list(layer.dense_shape)} and transposed={int(layer.transposed)}, "
+            f"the model has {list(shape)} and transposed={int(transposed)}."
+        )
+
+
+def _check_neighbours(model: Any, headers: Headers, local_names: dict[str, str], compressed: set[str]) -> None:
+    # What transformers does not find it fills with noise, and only warns. That is meant for new heads; a layer that
+    # lost a tensor beside a compressed one is damage, and so is any loss where the class is that of the checkpoint.
+    stored = {local: headers.tensors[key] for key, local in local_names.items()}
+    same_class = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
+    stacks = tuple(n + "." for n in find_stacks(model) if any(c.startswith(n + ".") for c in compressed))
+    optional = [*(model._keys_to_ignore_on_load_missing or ()), *(model._keys_to_ignore_on_save or ())]
+    tied = set(model.all_tied_weights_keys or ())
+    base = model.base_model_prefix + "." if hasattr(model, model.base_model_prefix) else ""
+    for key, expected in model.state_dict().items():
+        found = stored.get(key)
+        if found is None:
+            if key in tied or any(re.search(pattern, key) for pattern in optional):
+                continue
+            if same_class or key.startswith(stacks):
+                raise FormatError(f"the checkpoint has no tensor {key}, which {type(model).__name__} needs.")
+            continue
+        if expected.is_floating_point() != (found.dtype in _FLOATS):
+            raise FormatError(f"{found.file}: {key} has dtype {found.dtype}, expected {expected.dtype}.")
+        # Heads may differ in their number of labels, which from_pretrained has an option for.
+        if key.removesuffix(".weight") not in compressed and key.startswith(base) and found.shape != expected.shape:
+            raise FormatError(f"{found.file}: {key} has shape {list(found.shape)}, expected {list(expected.shape)}.")
+
+
+def _check_tensor(headers: Headers, key: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> StoredTensor:
+    found = headers.tensors.get(key)
+    if found is None:
+        files = sorted({tensor.file for tensor in headers.tensors.values()})
+        raise FormatError(f"{key} is in none of the files: {', '.join(files)}.")
+    if found.shape != shape or found.dtype not in dtypes:
+        raise FormatError(
+            f"{found.file}: {key} should be {' or '.join(dtypes)} of shape {list(shape)}, found {found.dtype} "
+            f"of shape {list(found.shape)}."
+        )
+    return found
+
+
+def _local_names(model: Any, headers: Headers) -> dict[str, str]:
+    names, prefix = set(model.state_dict()), model.base_model_prefix + "."
+    local = {}
+    for key in headers.tensors:
+        # In the order of transformers: it strips a prefix where it can, then tries to add one.
+        for candidate in ([key.removeprefix(prefix)] if key.startswith(prefix) else []) + [prefix + key, key]:
+            if candidate in names:
+                local[key] = candidate
+                break
+    return local
+
+
+def _may_be_absent(model: Any, headers: Headers, name: str) -> bool:
+    # transformers drops what belongs to the head of another class, and what a class says it does without.
+    if any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_unexpected or ()):
+        return True
+    prefix = model.base_model_prefix + "."
+    has_head = any(key.startswith(prefix) for key in headers.tensors)
+    same_class = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
+    return has_head and not same_class and not name.startswith(prefix)
+
+
+def _checksum(bitmaps: dict[str, Tensor]) -> str:
+    value = 0
+    for name in sorted(bitmaps):
+        value = zlib.crc32(bitmaps[name].cpu().numpy().tobytes(), zlib.crc32(name.encode(), value))
+    return f"{value:08x}"
+
+
+def _open(file: str) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise FormatError(f"{file} is not a whole safetensors file: {error}") from error

@@ -1,26 +1,20 @@
-"""What `from_pretrained` does with a compressed folder: a quantizer registered with transformers.
-
-Everything a file says is checked against the model and against the file itself before anything is allocated.
-"""
+"""What `from_pretrained` does with a compressed folder: a quantizer registered with transformers."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_sparse.core.packing import FORMAT_VERSION, FormatError, LayerFormat
-from hf_sparse.inference.checkpoint import check_tensors, match_modules, read_headers
-from hf_sparse.inference.compress import compressed_layers, decompress, replace_module
+from hf_sparse.inference.checkpoint import check_bitmaps, header_strings, match_modules, read_headers
+from hf_sparse.inference.compress import QUANT_METHOD, compressed_layers, decompress, replace_module
 from hf_sparse.inference.linear import BlockSparseLinear
 
-QUANT_METHOD = "hf_sparse"
 _KEYS = ("quant_method", "format_version", "modules", "dequantize")
 
 
@@ -31,9 +25,16 @@ class BlockSparseConfig(QuantizationConfigMixin):
         modules: {module name: {"block_shape": [h, w], "kept": N, "dense_shape": [O, I]}}, plain integers.
         format_version: version of the file format, 1.
         dequantize: True loads plain dense linears. It is never written to a file.
+        quant_method: "hf_sparse".
 
     Raises:
-        FormatError: if anything in it is not what format 1 allows.
+        FormatError: if anything in it is not what format 1 allows. Unknown keys are refused: a key that this version
+            does not know could change what the others mean.
+
+    Example:
+        >>> config = BlockSparseConfig({"q": {"block_shape": [2, 1], "kept": 3, "dense_shape": [4, 4]}})
+        >>> config.layer_formats()["q"].grid
+        (2, 4)
     """
 
     def __init__(
@@ -44,39 +45,37 @@ class BlockSparseConfig(QuantizationConfigMixin):
         quant_method: str = QUANT_METHOD,
         **unknown: Any,
     ) -> None:
-        # The version comes first: a newer file may well hold keys and modules that read as nonsense here.
+        # The version comes first: what a newer file holds may read as nonsense here.
         if type(format_version) is not int or format_version < 1:
             raise FormatError(f"quantization_config: format_version must be 1 or more, found {format_version!r}.")
         if format_version > FORMAT_VERSION:
             raise FormatError(
-                f"the checkpoint has format_version {format_version}, this hf_sparse reads up to {FORMAT_VERSION}: "
-                f"pip install -U hf-sparse."
+                f"quantization_config: format_version {format_version} is newer than this hf_sparse, which reads "
+                f"up to {FORMAT_VERSION}: pip install -U hf-sparse."
             )
         if quant_method != QUANT_METHOD:
             raise FormatError(f"quantization_config: quant_method must be {QUANT_METHOD!r}, found {quant_method!r}.")
         if unknown:
             raise FormatError(
-                f"quantization_config: format {FORMAT_VERSION} has no key {sorted(unknown)[0]!r}; it has {list(_KEYS)}."
+                f"quantization_config: format {FORMAT_VERSION} has no key {sorted(unknown)[0]!r}, only {list(_KEYS)}."
             )
         if not isinstance(dequantize, bool):
             raise FormatError(f"quantization_config: dequantize must be true or false, found {dequantize!r}.")
         modules = {} if modules is None else modules
-        if not isinstance(modules, dict):
+        if not isinstance(modules, dict) or not all(isinstance(name, str) for name in modules):
             raise FormatError(
-                f"quantization_config: modules must map layer names to their shapes, found {type(modules).__name__}."
+                f"quantization_config: modules must map layer names to their shapes, found {str(modules)[:80]!r}."
             )
-        self.quant_method = QUANT_METHOD
+        self.quant_method: Any = QUANT_METHOD
         self.format_version = format_version
         self.dequantize = dequantize
         self.modules = {name: LayerFormat.from_dict(name, entry).to_dict() for name, entry in modules.items()}
 
     @classmethod
-    def from_dict(
-        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
-    ) -> Any:
-        """Read the JSON form; see `QuantizationConfigMixin.from_dict`."""
-        if any(not isinstance(key, str) or key == "self" for key in config_dict):
-            raise FormatError(f"quantization_config: unknown keys in {sorted(map(str, config_dict))}.")
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Read the JSON form; arguments as in `QuantizationConfigMixin.from_dict`."""
+        if "self" in config_dict:
+            raise FormatError(f"quantization_config: format {FORMAT_VERSION} has no key 'self', only {list(_KEYS)}.")
         return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
 
     def layer_formats(self) -> dict[str, LayerFormat]:
@@ -85,7 +84,11 @@ class BlockSparseConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """Give what config.json holds: plain integers, strings and lists."""
-        return {"quant_method": self.quant_method, "format_version": self.format_version, "modules": dict(self.modules)}
+        return {
+            "quant_method": self.quant_method,
+            "format_version": self.format_version,
+            "modules": {name: layer.to_dict() for name, layer in self.layer_formats().items()},
+        }
 
 
 class BlockSparseQuantizer(HfQuantizer):
@@ -97,31 +100,36 @@ class BlockSparseQuantizer(HfQuantizer):
     quantization_config: BlockSparseConfig
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
-    ) -> nn.Module:
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> Any:
         formats = self.quantization_config.layer_formats()
-        tensors = read_headers(checkpoint_files)
-        names = match_modules(model, formats, tensors)
-        check_tensors(model, formats, tensors, names)
+        headers = read_headers(checkpoint_files)
+        check_bitmaps(headers, formats)
+        names = match_modules(model, headers, formats)
         for name, local in names.items():
-            linear = model.get_submodule(local)
-            compressed = BlockSparseLinear(
-                formats[name], bias=linear.bias is not None, device="meta", dtype=linear.weight.dtype
+            dense = model.get_submodule(local)
+            replace_module(
+                model,
+                local,
+                BlockSparseLinear(formats[name], dense.bias is not None, device="meta", dtype=dense.weight.dtype),
             )
-            replace_module(model, local, compressed)
         self.quantization_config.modules = {local: formats[name].to_dict() for name, local in names.items()}
         return model
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         return decompress(model) if self.quantization_config.dequantize else model
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
-        """Bring the config up to date with the layers and give the strings for the header of each weights file."""
-        self.quantization_config.modules = {n: m.layer_format().to_dict() for n, m in compressed_layers(model)}
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+        """Bring the config up to date with the layers, and give the strings for the header of each weights file."""
+        layers = compressed_layers(model)
+        self.quantization_config.modules = {name: layer.layer_format().to_dict() for name, layer in layers.items()}
         model.config.quantization_config = self.quantization_config
-        return None, {"hf_sparse_format_version": str(FORMAT_VERSION)}
+        # Tensors are stored under the names they have in the model, whatever a model's older checkpoints called them:
+        # `modules` names the same layers, and packed weights do not fit the conversions of dense ones.
+        model._weight_conversions = []
+        return None, header_strings({f"{n}.weight_block_mask": m.weight_block_mask for n, m in layers.items()})
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         return decompress(model)
 
     def is_serializable(self) -> bool:
@@ -130,12 +138,12 @@ class BlockSparseQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Compressed models can be fine-tuned."""
+        """Compressed models can be fine-tuned with adapters."""
         return True
 
     @property
     def is_qat_trainable(self) -> bool:
-        """Without adapters, too: the kept blocks are ordinary parameters."""
+        """They can be fine-tuned without, too: the kept blocks are ordinary parameters."""
         return True
 
     @property
@@ -145,8 +153,8 @@ class BlockSparseQuantizer(HfQuantizer):
 
 
 def register() -> None:
-    """Tell transformers of quant_method "hf_sparse". Calling it again replaces the earlier classes."""
-    # The decorators of transformers refuse a second registration, which a module reload is.
+    """Tell transformers of quant_method "hf_sparse". Calling it again replaces the classes of the earlier call."""
+    # The decorators of transformers refuse a second registration, which is what a reload of this package makes.
     AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = BlockSparseConfig
     AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = BlockSparseQuantizer
 
@@ -155,11 +163,15 @@ def load_dense(auto_class: Any, path: str | os.PathLike[str], **kwargs: Any) -> 
     """Load a compressed model as a plain dense one.
 
     Args:
-        auto_class: what to call `from_pretrained` on: an Auto class or a model class.
-        path: folder or repository id.
+        auto_class: an Auto class of transformers, or a model class.
+        path: folder or repository id; a dense one loads as it is.
         kwargs: passed on to `from_pretrained`.
 
     Returns:
-        The model, with plain linears and without a trace of the compression.
+        The model with plain linears; it saves as a dense folder that loads without hf_sparse.
+
+    Raises:
+        FormatError: if the checkpoint is damaged.
+        ValueError: if `device_map` offloads compressed layers to disk.
     """
     return decompress(auto_class.from_pretrained(path, **kwargs))

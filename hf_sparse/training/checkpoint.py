@@ -66,6 +66,8 @@ def load_state(folder: str | os.PathLike[str], masks: BlockMasks, facts: Mapping
     if not isinstance(state, dict) or state.get("version") != _VERSION:
         found = state.get("version") if isinstance(state, dict) else None
         raise FormatError(f"{file} has version {found}, this hf_sparse reads {_VERSION}.")
+    if missing := sorted({"block_shapes", "scope", "facts"} - set(state)):
+        raise FormatError(f"{file} is damaged: it lacks {missing[0]!r}. Resume from another checkpoint.")
     _compare(file, state, masks, facts)
     masks.load_state_dict({k.removesuffix(".mask"): v for k, v in tensors.items() if k.endswith(".mask")})
     return {k.removesuffix(".coef"): v for k, v in tensors.items() if k.endswith(".coef")}

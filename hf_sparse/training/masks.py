@@ -92,7 +92,8 @@ class BlockMasks:
         """Choose which blocks to keep. Pruned blocks never come back. Does not touch the weights.
 
         Args:
-            sparsity: fraction to remove, [0, 1), within one block of each budget; at least what is removed already.
+            sparsity: fraction to remove, [0, 1), within one block of each budget; less than is removed already
+                removes nothing more.
             scores: {name: [R, C]}, higher = kept longer; None = magnitude.
 
         Raises:
@@ -114,7 +115,7 @@ class BlockMasks:
             name: _keep_highest(score, _num_removed(score.numel(), sparsity)) for name, score in ranked.items()
         }  # fmt: skip
         for name, kept in keep.items():
-            self.masks[name].copy_(kept.view_as(self.masks[name]))
+            self.masks[name].logical_and_(kept.view_as(self.masks[name]))
         self.started = self.started or sparsity > 0.0
 
     @torch.no_grad()

@@ -101,8 +101,9 @@ def mask_update_steps(config: ScheduleConfig, total_steps: int) -> list[int]:
 
     A run shorter than `mask_updates` has one update per step; the last update leaves at least one step to adapt to.
     """
-    last = min(math.ceil(config.sparsity_end * total_steps), total_steps - 1)
-    first = min(math.floor(config.sparsity_start * total_steps), last)
+    # Rounded first, because 0.55 * 100 is a little more than 55 in floating point.
+    last = min(math.ceil(round(config.sparsity_end * total_steps, 6)), total_steps - 1)
+    first = min(math.floor(round(config.sparsity_start * total_steps, 6)), last)
     if config.sparsity_schedule == "one_shot" or first == last:
         return [last]
     count = min(config.mask_updates, last - first)
@@ -139,7 +140,7 @@ def _sparsity_after(config: ScheduleConfig, done: int, count: int) -> float:
 
 
 def _graft_prob(config: ScheduleConfig, step: int, total_steps: int) -> float:
-    hold, end = config.graft_hold * total_steps, config.graft_end * total_steps
+    hold, end = round(config.graft_hold * total_steps, 6), round(config.graft_end * total_steps, 6)
     if step >= end:
         return 1.0
     return config.graft_start + (1.0 - config.graft_start) * max(0.0, step - hold) / (end - hold)

@@ -7,7 +7,7 @@
 
 namespace {
 
-typedef int (*linear_fn)(const hfs_weight*, const void*, int64_t, void*, int64_t, int64_t, int, int, int);
+typedef int (*linear_fn)(const hfs_weight&, const hfs_call&);
 
 // build.py defines HFS_WITH_* for every instruction set that the compiler could compile.
 const linear_fn LINEAR[HFS_ISA_COUNT] = {
@@ -48,11 +48,10 @@ bool cpu_has(int isa) {
 }
 
 struct Scratch {
-    float* memory[2] = {nullptr, nullptr};
-    size_t size[2] = {0, 0};
+    float* memory[3] = {nullptr, nullptr, nullptr};
+    size_t size[3] = {0, 0, 0};
     ~Scratch() {
-        free(memory[0]);
-        free(memory[1]);
+        for (float* block : memory) free(block);
     }
 };
 thread_local Scratch scratch;
@@ -86,8 +85,8 @@ int hfs_check(const hfs_weight* w) {
     const int64_t most = INT32_MAX;
     if (w->out_features < 0 || w->out_features > most || w->in_features < 0 || w->in_features > most ||
         w->height < 1 || w->out_features % w->height || w->kept_columns < 0 || w->kept_columns > most ||
-        w->activation < HFS_NONE || w->activation > HFS_RELU || !w->band_start || (w->kept_columns && !w->column) ||
-        (w->kept_columns && !w->values)) {
+        w->form < HFS_AUTO || w->form > HFS_LANES_FORM || (w->dtype != HFS_FLOAT32 && w->dtype != HFS_BFLOAT16) ||
+        !w->band_start || (w->kept_columns && (!w->column || !w->values))) {
         return HFS_BAD_ARGUMENT;
     }
     if (!hfs_isa_available(w->isa)) return HFS_NO_ISA;
@@ -101,14 +100,14 @@ int hfs_check(const hfs_weight* w) {
     return ok ? HFS_OK : HFS_BAD_INDEX;
 }
 
-int hfs_linear(const hfs_weight* weight, const void* x, int64_t x_stride, void* y, int64_t y_stride, int64_t tokens,
-               int dtype, int form, int threads) {
-    if (tokens < 0 || tokens > INT32_MAX || threads < 1 || (dtype != HFS_FLOAT32 && dtype != HFS_BFLOAT16) ||
-        form < HFS_AUTO || form > HFS_LANES_FORM || x_stride < 0 || y_stride < weight->out_features) {
+int hfs_linear(const hfs_weight* weight, const void* bias, const void* x, int64_t x_stride, void* y, int64_t tokens,
+               int activation, int threads) {
+    if (tokens < 0 || tokens > INT32_MAX || threads < 1 || activation < HFS_NONE || activation > HFS_RELU ||
+        x_stride < 0) {
         return HFS_BAD_ARGUMENT;
     }
-    if (!hfs_isa_available(weight->isa)) return HFS_NO_ISA;
-    return LINEAR[weight->isa](weight, x, x_stride, y, y_stride, tokens, dtype, form, threads);
+    const hfs_call call = {bias, x, x_stride, y, tokens, activation, threads};
+    return LINEAR[weight->isa](*weight, call);
 }
 
 }  // extern "C"

@@ -28,13 +28,14 @@ struct hfs_weight {
     int64_t out_features;
     int64_t in_features;
     int64_t height;
-    int64_t kept_columns;        // length of column
-    const int32_t* band_start;   // [out_features / height + 1]
-    const int32_t* column;       // [kept_columns]
-    const float* values;         // [kept_columns, height]
-    const float* bias;           // [out_features] or null
-    int32_t isa;                 // hfs_isa
-    int32_t activation;          // hfs_activation
+    int64_t kept_columns;       // length of column
+    const int32_t* band_start;  // [out_features / height + 1]
+    const int32_t* column;      // [kept_columns]
+    const float* values;        // [kept_columns, height]
+    int32_t dtype;              // hfs_dtype of x, y and bias
+    int32_t isa;                // hfs_isa
+    int32_t form;               // hfs_form
+    int32_t reserved;           // 0
 };
 
 HFS_EXPORT int hfs_abi(void);
@@ -42,10 +43,10 @@ HFS_EXPORT int hfs_abi(void);
 HFS_EXPORT int hfs_isa_available(int isa);
 // HFS_OK, or why the weight must not be used. Every index that a kernel follows is checked here.
 HFS_EXPORT int hfs_check(const struct hfs_weight* weight);
-// y[tokens, out_features] = activation(x[tokens, in_features] @ weight.T + bias). Strides are in elements, rows are
-// contiguous. The weight must have passed hfs_check. threads > 1 needs hfs_set_parallel.
-HFS_EXPORT int hfs_linear(const struct hfs_weight* weight, const void* x, int64_t x_stride, void* y, int64_t y_stride,
-                          int64_t tokens, int dtype, int form, int threads);
+// y[tokens, out_features] = activation(x[tokens, in_features] @ weight.T + bias). y is contiguous; rows of x are, and lie
+// x_stride elements apart; bias may be null. The weight must have passed hfs_check.
+HFS_EXPORT int hfs_linear(const struct hfs_weight* weight, const void* bias, const void* x, int64_t x_stride, void* y,
+                          int64_t tokens, int activation, int threads);
 // The process's own OpenMP entry point, GOMP_parallel(fn, data, num_threads, flags), so that there is one pool of
 // threads: the library links no OpenMP runtime of its own. Null: every call runs on the calling thread.
 HFS_EXPORT void hfs_set_parallel(void (*gomp_parallel)(void (*)(void*), void*, unsigned, unsigned));

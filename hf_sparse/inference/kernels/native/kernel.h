@@ -2,13 +2,18 @@
 #pragma once
 #include "hf_sparse_kernels.h"
 
-#define HFS_DECLARE(isa)                                                                                            \
-    __attribute__((visibility("hidden"))) int hfs_linear_##isa(const hfs_weight*, const void*, int64_t, void*,      \
-                                                               int64_t, int64_t, int, int, int)
-extern "C" {
+struct hfs_call {
+    const void* bias;
+    const void* x;
+    int64_t x_stride;
+    void* y;
+    int64_t tokens;
+    int activation, threads;
+};
+
+#define HFS_DECLARE(isa) __attribute__((visibility("hidden"))) int hfs_linear_##isa(const hfs_weight&, const hfs_call&)
 HFS_DECLARE(portable);
 HFS_DECLARE(avx2);
 HFS_DECLARE(avx512);
 HFS_DECLARE(avx512bf16);
-}
 #undef HFS_DECLARE

@@ -1,5 +1,6 @@
 // y = activation(x @ weight.T + bias) for one instruction set: the two forms, cut into pieces of work.
 #pragma once
+#include "kernel.h"
 #include "lanes.h"
 #include "parallel.h"
 #include "rows.h"
@@ -35,136 +36,160 @@ static int max_vectors(int64_t height) {
     return height >= 4 ? 3 : height >= 2 ? 6 : MAX_VECTORS;
 }
 
-// Units [first, last) for one packed group of tokens.
-template <int T, int W, typename Y>
-static void lanes_group(const Panels& panels, int64_t first, int64_t last, const float* packed, int tokens, Y* y,
-                        int64_t y_stride) {
-    const hfs_weight& w = panels.weight;
+// One call: the weight in panels, and the tensors with their types.
+template <typename X>
+struct Linear {
+    const hfs_weight& weight;
+    Panels panels;
+    const float* bias;
+    const X* x;
+    int64_t x_stride;
+    X* y;  // contiguous
+    int64_t tokens;
+    int activation, threads;
+};
+
+// The part of a weight that one panel covers.
+struct Panel {
+    int64_t row, rows, height, n;
+    const int32_t* column;
+    const float* values;
+
+    Panel(const Panels& panels, int64_t panel) {
+        const hfs_weight& w = panels.weight;
+        const int64_t band = panel / panels.per_band, start = w.band_start[band];
+        row = panels.row(panel);
+        rows = panels.rows(panel);
+        height = w.height;
+        n = w.band_start[band + 1] - start;
+        column = w.column + start;
+        values = w.values + start * height + (row - band * height);
+    }
+};
+
+// Units [first, last) for one packed group of tokens that begins at token `head`.
+template <int T, int W, typename X>
+static void lanes_group(const Linear<X>& call, int64_t first, int64_t last, const float* packed, int64_t head) {
+    const Panels& panels = call.panels;
     alignas(64) float strip[(STRIP_ROWS + PANEL_ROWS) * T * W];
     for (int64_t unit = first; unit < last; unit++) {
         const int64_t begin = panels.first_of_unit(unit), end = panels.first_of_unit(unit + 1);
-        const int64_t top = panels.row(begin);
         int64_t filled = 0;
-        for (int64_t panel = begin; panel < end; panel++) {
-            const int64_t band = panel / panels.per_band, row = panels.row(panel), rows = panels.rows(panel);
-            const int64_t start = w.band_start[band], n = w.band_start[band + 1] - start;
-            lanes_panel<T, W>(packed, w.column + start, n,
-                              w.values + start * w.height + (row - band * w.height), w.height,
-                              w.bias ? w.bias + row : nullptr, rows, strip + filled * T * W);
-            filled += rows;
+        for (int64_t i = begin; i < end; i++) {
+            const Panel p(panels, i);
+            lanes_panel<T, W>(packed, p.column, p.n, p.values, p.height, call.bias ? call.bias + p.row : nullptr,
+                              p.rows, strip + filled * T * W);
+            filled += p.rows;
         }
-        activate_strip<W>(strip, filled * T * W, w.activation);
-        unpack_lanes<W>(strip, filled, T, tokens, y + top, y_stride);
+        activate_strip<W>(strip, filled * T * W, call.activation);
+        const int64_t y_stride = panels.weight.out_features;
+        unpack_lanes<W>(strip, filled, T, (int)(call.tokens - head), call.y + head * y_stride + panels.row(begin),
+                        y_stride);
     }
 }
-template <int T, int W, typename Y>
-HFS_INLINE void lanes_dispatch(int vectors, const Panels& panels, int64_t first, int64_t last, const float* packed,
-                               int tokens, Y* y, int64_t y_stride) {
+template <int T, int W, typename X>
+HFS_INLINE void lanes_dispatch(int64_t vectors, const Linear<X>& call, int64_t first, int64_t last,
+                               const float* packed, int64_t head) {
     if constexpr (T >= 1) {
         if (vectors == T) {
-            lanes_group<T, W>(panels, first, last, packed, tokens, y, y_stride);
+            lanes_group<T, W>(call, first, last, packed, head);
         } else {
-            lanes_dispatch<T - 1, W>(vectors, panels, first, last, packed, tokens, y, y_stride);
+            lanes_dispatch<T - 1, W>(vectors, call, first, last, packed, head);
         }
     }
 }
 
 template <int W, typename X>
-static int lanes_linear(const hfs_weight& w, const X* x, int64_t x_stride, X* y, int64_t y_stride, int64_t tokens,
-                        int threads) {
+static int lanes_linear(const Linear<X>& call) {
     constexpr int most = W == LANES ? MAX_VECTORS : 1;
-    const Panels panels(w);
-    const int64_t tiles = (tokens + W - 1) / W;
-    const int64_t per_group = W == LANES ? max_vectors(w.height) : 1;
+    const int64_t features = call.weight.in_features, units = call.panels.units, threads = call.threads;
+    const int64_t tiles = (call.tokens + W - 1) / W;
+    const int64_t per_group = W == LANES ? max_vectors(call.weight.height) : 1;
     const int64_t groups = (tiles + per_group - 1) / per_group;
-    // Groups differ by one tile at most, so none is left with a lone vector. first_tile(groups) is tiles.
-    const auto first_tile = [&](int64_t group) { return tiles * group / groups; };
-    const auto tokens_from = [&](int64_t tile) { return (int)(tokens - tile * W); };
-    const auto pack_tile = [&](int64_t group, int64_t tile, int64_t first, int64_t last, float* packed) {
-        const int64_t head = first_tile(group), vectors = first_tile(group + 1) - head;
-        const int left = tokens_from(tile);
-        pack_lanes<W>(x + tile * W * x_stride, x_stride, left < W ? left : W, first, last, packed + (tile - head) * W,
-                      vectors * W);
+    // Groups differ by one tile at most, so none is left with a lone vector.
+    const auto first_tile = [=](int64_t group) { return tiles * group / groups; };
+    const auto pack = [&](int64_t group, int64_t tile, int64_t first, int64_t last, float* packed) {
+        const int64_t head = first_tile(group), left = call.tokens - tile * W;
+        pack_lanes<W>(call.x + tile * W * call.x_stride, call.x_stride, (int)(left < W ? left : W), first, last,
+                      packed + (tile - head) * W, (first_tile(group + 1) - head) * W);
     };
     const auto run = [&](int64_t group, int64_t first, int64_t last, const float* packed) {
-        const int64_t head = first_tile(group), vectors = first_tile(group + 1) - head;
-        const int left = tokens_from(head);
-        lanes_dispatch<most, W>((int)vectors, panels, first, last, packed, left, y + head * W * y_stride, y_stride);
+        const int64_t head = first_tile(group);
+        lanes_dispatch<most, W>(first_tile(group + 1) - head, call, first, last, packed, head * W);
     };
 
-    if (threads == 1 || groups >= 4 * (int64_t)threads) {
+    if (threads == 1 || groups >= 4 * threads) {
         int failed = 0;
-        parallel_for(groups, threads, [&](int64_t group) {
-            float* packed = hfs_scratch(0, (size_t)(per_group * W * w.in_features));
+        parallel_for(groups, (int)threads, [&](int64_t group) {
+            float* packed = hfs_scratch(0, (size_t)(per_group * W * features));
             if (!packed) {
                 __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
                 return;
             }
             for (int64_t tile = first_tile(group); tile < first_tile(group + 1); tile++) {
-                pack_tile(group, tile, 0, w.in_features, packed);
+                pack(group, tile, 0, features, packed);
             }
-            run(group, 0, panels.units, packed);
+            run(group, 0, units, packed);
         });
         return failed ? HFS_NO_MEMORY : HFS_OK;
     }
     // Too few groups to go round: pack all tokens together, then share out groups x ranges of rows.
-    float* packed = hfs_scratch(1, (size_t)(tiles * W * w.in_features));
+    float* packed = hfs_scratch(1, (size_t)(tiles * W * features));
     if (!packed) return HFS_NO_MEMORY;
-    const int64_t slice = 128, slices = (w.in_features + slice - 1) / slice;
-    parallel_for(tiles * slices, threads, [&](int64_t item) {
+    const int64_t slice = 128, slices = (features + slice - 1) / slice;
+    parallel_for(tiles * slices, (int)threads, [&](int64_t item) {
         const int64_t tile = item / slices, first = item % slices * slice;
         int64_t group = tile * groups / tiles;
         while (first_tile(group + 1) <= tile) group++;
-        const int64_t last = first + slice < w.in_features ? first + slice : w.in_features;
-        pack_tile(group, tile, first, last, packed + first_tile(group) * W * w.in_features);
+        pack(group, tile, first, first + slice < features ? first + slice : features,
+             packed + first_tile(group) * W * features);
     });
-    int64_t parts = (4 * (int64_t)threads + groups - 1) / groups;
-    if (parts > panels.units) parts = panels.units;
-    parallel_for(groups * parts, threads, [&](int64_t item) {
+    int64_t parts = (4 * threads + groups - 1) / groups;
+    if (parts > units) parts = units;
+    parallel_for(groups * parts, (int)threads, [&](int64_t item) {
         const int64_t group = item / parts, part = item % parts;
-        run(group, panels.units * part / parts, panels.units * (part + 1) / parts,
-            packed + first_tile(group) * W * w.in_features);
+        run(group, units * part / parts, units * (part + 1) / parts, packed + first_tile(group) * W * features);
     });
     return HFS_OK;
 }
 
-template <typename X>
-static int rows_linear(const hfs_weight& w, const X* x, int64_t x_stride, X* y, int64_t y_stride, int64_t tokens,
-                       int threads) {
-    const float* source;
-    if constexpr (sizeof(X) == sizeof(float)) {
-        source = x;
-    } else {
-        float* wide = hfs_scratch(0, (size_t)(tokens * w.in_features));
-        if (!wide) return HFS_NO_MEMORY;
-        parallel_for(tokens, threads, [&](int64_t m) {
-            const X* from = x + m * x_stride;
-            float* to = wide + m * w.in_features;
-            int64_t k = 0;
-            for (; k + LANES <= w.in_features; k += LANES) store<LANES>(to + k, read<LANES>(from + k));
-            for (; k < w.in_features; k++) to[k] = read<1>(from + k);
-        });
-        source = wide;
-        x_stride = w.in_features;
-    }
-    const Panels panels(w);
-    const int64_t most = rows_max_tokens(w.height >= 2 * LANES ? 2 : 1);
-    const int64_t tiles = (tokens + most - 1) / most;
-    int64_t parts = threads == 1 ? 1 : (4 * (int64_t)threads + tiles - 1) / tiles;
+// Copy a row from one type to the other.
+template <typename From, typename To>
+static void convert_row(const From* from, int64_t count, To* to) {
+    int64_t k = 0;
+    for (; k + LANES <= count; k += LANES) write<LANES>(to + k, read<LANES>(from + k));
+    for (; k < count; k++) write<1>(to + k, read<1>(from + k));
+}
+
+static void rows_linear(const Linear<float>& call) {
+    const Panels& panels = call.panels;
+    const int64_t y_stride = call.weight.out_features;
+    const int64_t most = rows_max_tokens(LANES, call.weight.height >= 2 * LANES ? 2 : 1);
+    const int64_t tiles = (call.tokens + most - 1) / most;
+    int64_t parts = call.threads == 1 ? 1 : (4 * (int64_t)call.threads + tiles - 1) / tiles;
     if (parts > panels.units) parts = panels.units;
-    parallel_for(tiles * parts, threads, [&](int64_t item) {
+    parallel_for(tiles * parts, call.threads, [&](int64_t item) {
         const int64_t tile = item / parts, part = item % parts;
-        const int64_t m = tokens * tile / tiles, count = tokens * (tile + 1) / tiles - m;
+        const int64_t m = call.tokens * tile / tiles, count = call.tokens * (tile + 1) / tiles - m;
         const int64_t end = panels.first_of_unit(panels.units * (part + 1) / parts);
-        for (int64_t panel = panels.first_of_unit(panels.units * part / parts); panel < end; panel++) {
-            const int64_t band = panel / panels.per_band, row = panels.row(panel);
-            const int64_t start = w.band_start[band], n = w.band_start[band + 1] - start;
-            rows_panel(source + m * x_stride, x_stride, (int)count, w.column + start, n,
-                       w.values + start * w.height + (row - band * w.height), w.height,
-                       w.bias ? w.bias + row : nullptr, w.activation, panels.rows(panel), y + m * y_stride + row,
-                       y_stride);
+        for (int64_t i = panels.first_of_unit(panels.units * part / parts); i < end; i++) {
+            const Panel p(panels, i);
+            rows_panel(call.x + m * call.x_stride, call.x_stride, (int)count, p.column, p.n, p.values, p.height,
+                       call.bias ? call.bias + p.row : nullptr, call.activation, p.rows,
+                       call.y + m * y_stride + p.row, y_stride);
         }
     });
+}
+
+// Few tokens of bfloat16: the same kernels on float32 copies.
+static int rows_linear_bf16(const Linear<bf16>& call) {
+    const int64_t features = call.weight.in_features, outputs = call.weight.out_features;
+    float* x = hfs_scratch(0, (size_t)(call.tokens * (features + outputs)));
+    if (!x) return HFS_NO_MEMORY;
+    float* y = x + call.tokens * features;
+    for (int64_t m = 0; m < call.tokens; m++) convert_row(call.x + m * call.x_stride, features, x + m * features);
+    rows_linear({call.weight, call.panels, call.bias, x, features, y, call.tokens, call.activation, call.threads});
+    for (int64_t m = 0; m < call.tokens; m++) convert_row(y + m * outputs, outputs, call.y + m * outputs);
     return HFS_OK;
 }
 
@@ -178,15 +203,30 @@ static bool prefer_lanes(const hfs_weight& w, int64_t tokens) {
 constexpr double PARALLEL_WORK = 4e5;
 
 template <typename X>
-static int linear(const hfs_weight& w, const X* x, int64_t x_stride, X* y, int64_t y_stride, int64_t tokens, int form,
-                  int threads) {
-    if (tokens == 0 || w.out_features == 0) return HFS_OK;
-    if ((double)w.kept_columns * (double)w.height * (double)tokens < PARALLEL_WORK) threads = 1;
-    const bool lanes = form == HFS_AUTO ? prefer_lanes(w, tokens) : form == HFS_LANES_FORM;
-    if (!lanes) return rows_linear(w, x, x_stride, y, y_stride, tokens, threads);
-    if (LANES > 4 && tokens <= 4) return lanes_linear<4>(w, x, x_stride, y, y_stride, tokens, threads);
-    if (LANES > 8 && tokens <= 8) return lanes_linear<8>(w, x, x_stride, y, y_stride, tokens, threads);
-    return lanes_linear<LANES>(w, x, x_stride, y, y_stride, tokens, threads);
+static int linear(const hfs_weight& weight, const hfs_call& call) {
+    if (call.tokens == 0 || weight.out_features == 0) return HFS_OK;
+    const float* bias = (const float*)call.bias;
+    if (sizeof(X) != sizeof(float) && bias) {
+        float* wide = hfs_scratch(2, (size_t)weight.out_features);
+        if (!wide) return HFS_NO_MEMORY;
+        convert_row((const bf16*)call.bias, weight.out_features, wide);
+        bias = wide;
+    }
+    const double work = (double)weight.kept_columns * (double)weight.height * (double)call.tokens;
+    const Linear<X> job = {weight, Panels(weight), bias, (const X*)call.x, call.x_stride, (X*)call.y,
+                           call.tokens, call.activation, work < PARALLEL_WORK ? 1 : call.threads};
+    const bool lanes = weight.form == HFS_AUTO ? prefer_lanes(weight, call.tokens) : weight.form == HFS_LANES_FORM;
+    if (!lanes) {
+        if constexpr (sizeof(X) == sizeof(float)) {
+            rows_linear(job);
+            return HFS_OK;
+        } else {
+            return rows_linear_bf16(job);
+        }
+    }
+    if (LANES > 4 && call.tokens <= 4) return lanes_linear<4>(job);
+    if (LANES > 8 && call.tokens <= 8) return lanes_linear<8>(job);
+    return lanes_linear<LANES>(job);
 }
 
 }  // namespace HFS_ISA

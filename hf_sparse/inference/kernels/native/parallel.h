@@ -7,7 +7,7 @@ typedef void (*hfs_parallel_fn)(void (*)(void*), void*, unsigned, unsigned);
 
 __attribute__((visibility("hidden"))) hfs_parallel_fn hfs_parallel(void);
 // At least `count` floats on a 64-byte boundary, belonging to the calling thread until it asks again for the same
-// slot (0 or 1); null when there is no memory.
+// slot (0 to 2); null when there is no memory.
 __attribute__((visibility("hidden"))) float* hfs_scratch(int slot, size_t count);
 
 namespace HFS_ISA {

@@ -8,21 +8,21 @@
 namespace HFS_ISA {
 
 // Apply the activation to [tokens][rows] sums and write them; apart, because inlining it everywhere bloats the code.
-template <int W, typename Y>
-static __attribute__((noinline)) void finish_rows(const float* sums, int tokens, int rows, int activation, Y* y,
+template <int W>
+static __attribute__((noinline)) void finish_rows(const float* sums, int tokens, int rows, int activation, float* y,
                                                   int64_t y_stride) {
     for (int r = 0; r < tokens; r++) {
         for (int v = 0; v < rows; v += W) {
-            write<W>(y + r * y_stride + v, activate<W>(load<W>(sums + r * rows + v), activation));
+            store<W>(y + r * y_stride + v, activate<W>(load<W>(sums + r * rows + v), activation));
         }
     }
 }
 
 // V vectors of W output rows x R tokens. U copies of the sums hide the latency of the multiply-add for few tokens.
-template <int W, int V, int R, int U, typename Y>
+template <int W, int V, int R, int U>
 static void rows_tile(const float* __restrict x, int64_t x_stride, const int32_t* __restrict column, int64_t n,
                       const float* __restrict values, int64_t height, const float* __restrict bias, int activation,
-                      Y* __restrict y, int64_t y_stride) {
+                      float* __restrict y, int64_t y_stride) {
     Vec<W> acc[U][R][V];
     HFS_UNROLL
     for (int v = 0; v < V; v++) {
@@ -70,7 +70,7 @@ static void rows_tile(const float* __restrict x, int64_t x_stride, const int32_t
             HFS_UNROLL
             for (int u = 1; u < U; u++) sum += acc[u][r][v];
             if (activation == HFS_NONE) {
-                write<W>(y + r * y_stride + v * W, sum);
+                store<W>(y + r * y_stride + v * W, sum);
             } else {
                 store<W>(sums[r] + v * W, sum);
             }
@@ -79,14 +79,17 @@ static void rows_tile(const float* __restrict x, int64_t x_stride, const int32_t
     if (activation != HFS_NONE) finish_rows<W>(sums[0], R, V * W, activation, y, y_stride);
 }
 
-// Tokens per tile for V vectors, leaving room for the weights and one broadcast.
-constexpr int rows_max_tokens(int V) { return (LANES == 16 ? 26 : 12) / V > 13 ? 13 : (LANES == 16 ? 26 : 12) / V; }
+// Tokens per tile, leaving registers for the weights and one broadcast. Vectors narrower than the registers serve the
+// odd rows of a band; few variants of them will do.
+constexpr int rows_max_tokens(int W, int V) {
+    return W < 4 ? 4 : V == 1 ? 12 : LANES == 16 ? 13 : 6;
+}
 constexpr int rows_unroll(int R, int V) { return R * V == 1 ? 8 : R * V == 2 ? 4 : R * V <= 4 ? 2 : 1; }
 
 // One chunk of W * V rows of a band for `tokens` tokens.
-template <int W, int V, int R, typename Y>
+template <int W, int V, int R>
 HFS_INLINE void rows_chunk(const float* x, int64_t x_stride, int tokens, const int32_t* column, int64_t n,
-                           const float* values, int64_t height, const float* bias, int activation, Y* y,
+                           const float* values, int64_t height, const float* bias, int activation, float* y,
                            int64_t y_stride) {
     if constexpr (R >= 1) {
         if (tokens == R) {
@@ -99,11 +102,11 @@ HFS_INLINE void rows_chunk(const float* x, int64_t x_stride, int tokens, const i
 }
 
 // All rows of one panel for `tokens` tokens, widest vectors first.
-template <int W, int V, typename Y>
+template <int W, int V>
 HFS_INLINE void rows_width(const float* x, int64_t x_stride, int tokens, const int32_t* column, int64_t n,
                            const float* values, int64_t height, const float* bias, int activation, int64_t& row,
-                           int64_t rows, Y* y, int64_t y_stride) {
-    constexpr int most = rows_max_tokens(V);
+                           int64_t rows, float* y, int64_t y_stride) {
+    constexpr int most = rows_max_tokens(W, V);
     const int tiles = (tokens + most - 1) / most, tile = (tokens + tiles - 1) / tiles;
     for (; row + W * V <= rows; row += W * V) {
         for (int m = 0; m < tokens; m += tile) {
@@ -113,9 +116,8 @@ HFS_INLINE void rows_width(const float* x, int64_t x_stride, int tokens, const i
         }
     }
 }
-template <typename Y>
 static void rows_panel(const float* x, int64_t x_stride, int tokens, const int32_t* column, int64_t n,
-                       const float* values, int64_t height, const float* bias, int activation, int64_t rows, Y* y,
+                       const float* values, int64_t height, const float* bias, int activation, int64_t rows, float* y,
                        int64_t y_stride) {
     int64_t row = 0;
 #define HFS_WIDTH(W, V) \

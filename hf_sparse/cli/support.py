@@ -1,0 +1,126 @@
+"""What all commands share: options, errors without tracebacks, JSON, folders to write to."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+_F = TypeVar("_F", bound=Callable[..., None])
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
+ModelFolder = Annotated[Path, typer.Argument(help="Folder of a saved model.", show_default=False)]
+
+MAX_ERROR_LINES = 3
+
+
+def guarded(command: _F) -> _F:
+    """Turn the errors that a user can do something about into one to three lines on stderr and exit code 1.
+
+    The command has to take `debug`; True lets errors through.
+    """
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except BrokenPipeError:
+            raise
+        except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
+            # typer says "stop" with exceptions that are RuntimeErrors.
+            if kwargs.get("debug") or isinstance(error, typer.Exit | typer.Abort):
+                raise
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            typer.echo("\n".join([f"hf-sparse: {lines[0]}", *lines[1:MAX_ERROR_LINES]]), err=True)
+            raise typer.Exit(1) from error
+
+    return run  # type: ignore[return-value]
+
+
+def print_json(data: Any) -> None:
+    """Print data as the only thing on stdout."""
+    typer.echo(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def quiet_transformers() -> None:
+    """Keep the log of transformers off stderr, and its progress bars too where nobody watches them."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
+def check_model_folder(path: Path) -> None:
+    """Refuse a path that is no folder, before anything heavy is imported.
+
+    Raises:
+        FileNotFoundError: if there is no folder of that name.
+    """
+    if not path.is_dir():
+        kind = "is a file" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"{path} {kind}: expected the folder of a saved model.")
+
+
+def check_destination(source: Path, destination: Path, force: bool) -> None:
+    """Refuse a destination that holds something already.
+
+    Raises:
+        FileExistsError: if the destination is a file, the source itself, or, without `force`, not empty.
+    """
+    if destination.resolve() == source.resolve():
+        raise FileExistsError(f"{destination} is the source itself: name another folder.")
+    if destination.exists() and not destination.is_dir():
+        raise FileExistsError(f"{destination} is a file: name a folder.")
+    if destination.is_dir() and any(destination.iterdir()) and not force:
+        raise FileExistsError(f"{destination} is not empty: name another folder, or overwrite it with --force.")
+
+
+def is_compressed(folder: Path) -> bool:
+    """Tell whether a folder holds a compressed model.
+
+    Raises:
+        FileNotFoundError: if it holds no config.json.
+        ValueError: if that is not JSON.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json: expected the folder of a saved model.")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    return (config.get("quantization_config") or {}).get("quant_method") == "hf_sparse"
+
+
+def load_model(folder: Path) -> Any:
+    """Load a model as the class that its config names, with every tensor of the file and no other.
+
+    Raises:
+        FileNotFoundError, FormatError: as `core.report.report`.
+        ValueError: if the config names no class of transformers, or the class wants other tensors than the file has.
+    """
+    import transformers
+
+    from hf_sparse.core.report import report
+
+    report(folder)
+    names = transformers.AutoConfig.from_pretrained(folder).architectures or []
+    cls = getattr(transformers, names[0], None) if names else None
+    if cls is None:
+        raise ValueError(f"{folder}/config.json names no architecture of transformers (architectures={names}).")
+    model, info = cls.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := sorted(map(str, info[kind])):
+            raise ValueError(
+                f"{folder}: {len(keys)} {kind.replace('_', ' ')} for {names[0]}, such as {keys[0]}: "
+                f"it would not be the same model."
+            )
+    return model.eval()

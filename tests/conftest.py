@@ -1,0 +1,56 @@
+"""What every test gets: a fixed seed, one thread, an environment put back afterwards, and no way out to the network."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import random
+import socket
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+_connect = socket.socket.connect
+
+
+def _connect_locally(self: socket.socket, address: Any) -> None:
+    if self.family in (socket.AF_INET, socket.AF_INET6) and not _is_local(address[0]):
+        raise OSError(f"tests have no network: a connection to {address} was tried.")
+    _connect(self, address)
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host in ("localhost", "")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_network() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", _connect_locally)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    before = dict(os.environ)
+    random.seed(0)
+    # Only where a test has imported torch: the tests of the source alone take no second.
+    if "torch" in sys.modules:
+        import torch
+
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+    yield
+    # TrainingArguments write to the environment (mixed precision, compiler), which the next test would inherit.
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+    os.environ.update(before)

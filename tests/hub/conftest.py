@@ -1,0 +1,48 @@
+"""A loopback Hub per test, and one small compressed model folder for all of them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+from hf_sparse import compress
+from hf_sparse.core.blocks import expand_mask
+from hf_sparse.core.targets import find_targets, weight_view
+from tests.hub.loopback_hub import LoopbackHub
+
+
+def pruned_bert(seed: int) -> tuple[BertForSequenceClassification, dict[str, torch.Tensor]]:
+    torch.manual_seed(seed)
+    config = BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+                        vocab_size=40, num_labels=3, max_position_embeddings=32)  # fmt: skip
+    model, masks = BertForSequenceClassification(config).eval(), {}
+    for name, module in find_targets(model).items():
+        weight = weight_view(module)
+        masks[name] = torch.rand(weight.shape[0] // 8, weight.shape[1]) < 0.3
+        with torch.no_grad():
+            weight.mul_(expand_mask(masks[name], (8, 1)))
+    return model, masks
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    with LoopbackHub() as server:
+        # The client reads HF_ENDPOINT once, when it is imported, and this constant at every call.
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY", True)
+        yield server
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    model, masks = pruned_bert(seed=0)
+    folder = tmp_path / "model"
+    compress(model, masks).save_pretrained(folder)
+    (folder / "README.md").write_text("# a card\n")
+    (folder / "training_args.bin").write_bytes(b"pickle")
+    (folder / "checkpoint-2").mkdir()
+    (folder / "checkpoint-2" / "model.safetensors").write_bytes(b"dense")
+    return folder

@@ -1,0 +1,46 @@
+"""Shared by the kernel tests: random layers, the law to hold them against, and outputs that start as NaN."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_sparse.core.packing import LayerFormat, pack_mask
+from hf_sparse.inference.kernels.build import find_compiler
+from hf_sparse.inference.kernels.library import load_library
+from hf_sparse.inference.kernels.registry import BlockIndex
+
+
+@pytest.fixture(autouse=True)
+def native_library() -> None:
+    """Skip where the kernels cannot be built; where they could have been, a missing library is a failure."""
+    library = load_library()
+    if library.handle is None and find_compiler() is None:
+        pytest.skip(library.reason)
+    assert library.handle is not None, library.reason
+
+
+@pytest.fixture
+def nan_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill fresh memory with NaN, so that an element that a kernel forgets to write is seen."""
+    new_empty = torch.Tensor.new_empty
+
+    def filled(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return new_empty(self, *args, **kwargs).fill_(torch.nan)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled)
+
+
+def random_layer(
+    dense_shape: tuple[int, int], block_shape: tuple[int, int], density: float, seed: int, dtype: torch.dtype
+) -> tuple[Tensor, BlockIndex]:
+    """Give values [N, h, w] and their index; density 0 keeps nothing, 1 everything."""
+    generator = torch.Generator().manual_seed(seed)
+    grid = (dense_shape[0] // block_shape[0], dense_shape[1] // block_shape[1])
+    mask = torch.rand(grid, generator=generator) < density
+    layer = LayerFormat(block_shape=block_shape, kept=int(mask.sum()), dense_shape=dense_shape)
+    values = torch.randn(layer.values_shape, generator=generator).to(dtype)
+    return values, BlockIndex.from_bitmap(pack_mask(mask), layer)

@@ -1,0 +1,203 @@
+"""Contract 5, the masks alone: budgets met within one block, pruned blocks zero and never back."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_sparse import BlockMasks
+from hf_sparse.core.blocks import expand_mask
+from tests.training.tiny import bert
+
+
+def linears(**sizes: tuple[int, int]) -> dict[str, nn.Module]:
+    return {name: nn.Linear(size[1], size[0]) for name, size in sizes.items()}
+
+
+def removed(masks: BlockMasks) -> dict[str, int]:
+    return {name: int((~mask).sum()) for name, mask in masks.masks.items()}
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.01, 0.1, 1 / 3, 0.5, 0.77, 0.95, 0.999])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 5), (-1, 1), (1, -1)])
+def test_layer_budgets_are_met_within_one_block(sparsity: float, shape: tuple[int, int]) -> None:
+    masks = BlockMasks(linears(a=(21, 15), b=(9, 35)), shape)
+    masks.choose(sparsity)
+    for name, count in removed(masks).items():
+        assert abs(count - sparsity * masks.masks[name].numel()) <= 0.5 + 1e-9
+    assert masks.off_target(sparsity) is None
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.01, 0.1, 1 / 3, 0.5, 0.77, 0.95])
+def test_the_global_budget_is_met_within_one_block(sparsity: float) -> None:
+    targets = linears(a=(20, 16), b=(12, 32), c=(7, 3))
+    masks = BlockMasks(targets, {"a": (4, 1), "b": (1, 16), "c": (7, 3)}, scope="global")
+    masks.choose(sparsity)
+    total = 20 * 16 + 12 * 32 + 21
+    gone = sum(count * h * w for (h, w), count in zip(masks.block_shapes.values(), removed(masks).values(), strict=True))
+    assert abs(gone - sparsity * total) <= 21
+    assert masks.sparsity == pytest.approx(gone / total)
+    assert masks.off_target(sparsity) is None
+
+
+def test_the_smallest_blocks_go_first() -> None:
+    targets = linears(a=(8, 6))
+    masks = BlockMasks(targets, (4, 1))
+    masks.choose(0.5)
+    norms = targets["a"].weight.detach().reshape(2, 4, 6).square().sum(1).sqrt()
+    cut = sorted(norms.flatten().tolist())[6]
+    assert torch.equal(masks.masks["a"], norms >= cut)
+
+
+def test_global_scope_compares_the_weights_of_blocks_of_different_size() -> None:
+    targets = linears(a=(4, 4), b=(4, 4))
+    with torch.no_grad():
+        targets["a"].weight.fill_(1.0)
+        targets["b"].weight.fill_(1.1)
+    # As sums, a whole 4 x 4 block of ones outweighs every single weight of 1.1.
+    masks = BlockMasks(targets, {"a": (4, 4), "b": (1, 1)}, scope="global")
+    masks.choose(0.5)
+    assert removed(masks) == {"a": 1, "b": 0}
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_pruned_blocks_never_come_back(scope: str) -> None:
+    targets = linears(a=(24, 16), b=(16, 24))
+    masks, previous = BlockMasks(targets, (4, 2), scope), None
+    for sparsity in (0.1, 0.25, 0.5, 0.8, 0.9):
+        masks.choose(sparsity)
+        masks.apply_()
+        if previous is not None:
+            assert all((masks.masks[name] <= mask).all() for name, mask in previous.items())
+        previous = masks.state_dict()
+        with torch.no_grad():
+            for module in targets.values():
+                module.weight.normal_()
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_a_lower_sparsity_brings_nothing_back(scope: str) -> None:
+    masks = BlockMasks(linears(a=(24, 16)), (4, 2), scope)
+    masks.choose(0.5)
+    before = masks.state_dict()
+    masks.choose(0.25)
+    assert torch.equal(masks.masks["a"], before["a"])
+
+
+def test_ties_break_by_position() -> None:
+    targets = linears(a=(4, 8))
+    nn.init.ones_(targets["a"].weight)
+    masks = BlockMasks(targets, (4, 1))
+    masks.choose(0.5)
+    assert masks.masks["a"].tolist() == [[False] * 4 + [True] * 4]
+
+
+@pytest.mark.parametrize("conv", [False, True])
+def test_apply_zeroes_pruned_blocks_and_nothing_else(conv: bool) -> None:
+    module = Conv1D(6, 8) if conv else nn.Linear(8, 6)
+    masks = BlockMasks({"a": module}, (3, 2))
+    masks.choose(0.5)
+    before = module.weight.detach().clone()
+    module.weight.grad = torch.ones_like(module.weight)
+    masks.apply_()
+    masks.apply_to_grads_()
+    dense = expand_mask(masks.masks["a"], (3, 2))
+    dense = dense.t() if conv else dense
+    assert torch.equal(module.weight.detach(), before * dense)
+    assert torch.equal(module.weight.grad, dense.float())
+    assert masks.is_applied()
+    with torch.no_grad():
+        module.weight.add_(1e-30)
+    assert not masks.is_applied()
+
+
+def test_given_scores_decide() -> None:
+    masks = BlockMasks(linears(a=(2, 4)), (2, 1))
+    masks.choose(0.5, scores={"a": torch.tensor([[4.0, 3.0, 2.0, 1.0]])})
+    assert masks.masks["a"].tolist() == [[True, True, False, False]]
+
+
+def test_masks_travel_through_their_state() -> None:
+    first, second = BlockMasks(linears(a=(8, 4)), (2, 1)), BlockMasks(linears(a=(8, 4)), (2, 1))
+    first.choose(0.5)
+    state = first.state_dict()
+    second.load_state_dict(state)
+    second.apply_()
+    assert torch.equal(second.masks["a"], first.masks["a"])
+    assert second.is_applied()
+    assert not torch.equal(second.targets["a"].weight, torch.zeros(8, 4))
+    first.choose(0.75)
+    assert not torch.equal(state["a"], first.masks["a"]), "the state is a copy"
+
+
+def test_for_model_takes_the_default_targets() -> None:
+    model = bert()
+    masks = BlockMasks.for_model(model, (4, 1))
+    masks.choose(0.5)
+    masks.apply_()
+    assert len(masks.targets) == 12
+    assert masks.sparsity == 0.5
+    assert model.bert.encoder.layer[0].output.dense.block_mask is masks.masks["bert.encoder.layer.0.output.dense"]
+
+
+def other(name: str, mask: Tensor) -> Any:
+    masks = BlockMasks(linears(a=(8, 4)), (2, 1))
+    return lambda: masks.load_state_dict({name: mask})
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda: BlockMasks(linears(a=(8, 4)), (2, 1), scope="model"), r"scope='model'"),
+        (lambda: BlockMasks(linears(a=(8, 4)), (3, 1)), r"a: block_height=3 does not divide the 8 output rows"),
+        (lambda: BlockMasks(linears(a=(8, 4)), (2, 1)).choose(1.0), r"sparsity=1\.0 must be in \[0, 1\)"),
+        (lambda: BlockMasks(linears(a=(8, 4)), (2, 1)).choose(-0.1), r"sparsity=-0\.1"),
+        (
+            lambda: BlockMasks(linears(a=(8, 4)), (2, 1)).choose(0.5, {"a": torch.ones(2, 4)}),
+            r"scores of a have shape \[2, 4\], its grid is \[4, 4\]",
+        ),
+        (other("b", torch.ones(4, 4, dtype=torch.bool)), r"a is not among the saved masks"),
+        (other("a", torch.ones(2, 4, dtype=torch.bool)), r"saved mask of a .*\[2, 4\].*needs torch\.bool of shape \[4, 4\]"),
+        (other("a", torch.ones(4, 4)), r"saved mask of a is torch\.float32"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_refused_by_name(act: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        act()
+
+
+def test_a_budget_that_takes_a_whole_layer_is_refused_by_name() -> None:
+    masks = BlockMasks(linears(fine=(64, 4), coarse=(4, 4)), {"fine": (1, 1), "coarse": (4, 4)})
+    masks.check_budgets(0.4)
+    with pytest.raises(ValueError, match=r"sparsity=0\.9 would remove all of coarse: it has 1 block"):
+        masks.check_budgets(0.9)
+
+
+def test_off_target_names_the_layer() -> None:
+    masks = BlockMasks(linears(a=(8, 4), b=(8, 4)), (1, 1))
+    masks.choose(0.5)
+    masks.masks["b"][0, :4] = True
+    masks.masks["b"][1:3] = True
+    assert "b has lost" in str(masks.off_target(0.5))
+    assert BlockMasks(linears(a=(8, 4)), (1, 1), "global").off_target(0.5) == "sparsity 0.0000 over all layers"
+
+
+def test_nan_weights_do_not_pass_as_zero() -> None:
+    targets = linears(a=(4, 4))
+    masks = BlockMasks(targets, (2, 1))
+    masks.choose(0.5)
+    nn.init.constant_(targets["a"].weight, float("nan"))
+    assert not masks.is_applied()
+
+
+def test_the_budget_holds_for_every_small_grid() -> None:
+    for rows, cols, sparsity in itertools.product((1, 2, 3, 5), (1, 2, 7), (0.0, 0.2, 0.5, 0.9)):
+        for scope in ("layer", "global"):
+            masks = BlockMasks(linears(a=(rows, cols)), (1, 1), scope)
+            masks.choose(sparsity)
+            assert abs(removed(masks)["a"] - sparsity * rows * cols) <= 0.5 + 1e-9

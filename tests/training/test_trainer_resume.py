@@ -1,0 +1,170 @@
+"""Contract 4: stop and resume equals straight through, bit for bit, and a resumed run must be the one that was begun."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hf_sparse import FormatError
+from hf_sparse.training.checkpoint import STATE_FILE, load_state
+from tests.training.tiny import assert_same, bert, llama, make_trainer, pruned_zero, rows, weights_of
+
+# Masks are chosen at steps 2, 4 and 6, coefficients at steps 0 and 3, layers grafted up to step 8 of 9.
+RUN = {
+    "max_steps": 9, "sparsity": 0.6, "sparsity_end": 0.66, "mask_updates": 3, "penalty_weight": 1e-3,
+    "penalty_reweights": 2, "kd_weight": 0.5, "hidden_weight": 0.3, "attention_weight": 1.0, "graft_start": 0.4,
+    "graft_end": 0.9, "optim": "adamw_torch", "weight_decay": 0.1, "max_grad_norm": 0.5,
+    "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 1,
+}  # fmt: skip
+DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+
+
+def trainer_in(folder: Path, model: Any = None, task: str = "classes", **changes: Any) -> Any:
+    model = bert(**DROPOUT) if model is None else model
+    # 20 samples: the run passes over them several times and stops in the middle of a pass.
+    return make_trainer(model, folder, rows(task, 20), **{**RUN, **changes})
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """One run without a stop, with a checkpoint after every step."""
+    folder = tmp_path_factory.mktemp("straight")
+    trainer = trainer_in(folder)
+    trainer.train()
+    return folder, weights_of(trainer.model), trainer.pruner.masks.state_dict()
+
+
+# Before the first mask update, on either side of each, between reweightings, after pruning, at the last step.
+@pytest.mark.parametrize("stop", [1, 2, 3, 4, 6, 7, 8, 9])
+def test_resumed_run_equals_straight_through(straight: Any, tmp_path: Path, stop: int) -> None:
+    folder, weights, masks = straight
+    torch.manual_seed(999 + stop)
+    trainer = trainer_in(tmp_path)
+    trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{stop}"))
+    assert_same(weights, weights_of(trainer.model))
+    assert_same(masks, trainer.pruner.masks.state_dict())
+    assert trainer.state.global_step == 9
+    assert pruned_zero(trainer)
+
+
+def test_a_chain_of_stops_equals_straight_through(straight: Any, tmp_path: Path) -> None:
+    for stop in (2, 5):
+        trainer = trainer_in(tmp_path)
+        trainer.callback_handler.callbacks.append(StopAt(stop))
+        with pytest.raises(RuntimeError, match="ended off target"):
+            trainer.train(resume_from_checkpoint=None if stop == 2 else True)
+    trainer = trainer_in(tmp_path)
+    trainer.train(resume_from_checkpoint=True)
+    assert_same(straight[1], weights_of(trainer.model))
+
+
+class StopAt:
+    """A callback that ends training after a step, as a user's early stopping would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def __getattr__(self, name: str) -> Any:
+        def event(args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+            if name == "on_step_end" and state.global_step == self.step:
+                control.should_training_stop = control.should_save = True
+            return control
+
+        return event
+
+
+@pytest.mark.parametrize("form", ["loss", "proximal"])
+def test_a_causal_lm_resumes_with_either_form_of_the_penalty(tmp_path: Path, form: str) -> None:
+    def run(folder: Path, **train: Any) -> Any:
+        trainer = trainer_in(folder, llama(), "lm", max_steps=5, sparsity_end=0.6, penalty_form=form, sparsity_scope="global")
+        trainer.train(**train)
+        return trainer
+
+    first = run(tmp_path / "a")
+    again = run(tmp_path / "b", resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert_same(weights_of(first.model), weights_of(again.model))
+
+
+def test_resuming_with_the_pruned_model_as_its_own_teacher_is_refused(straight: Any, tmp_path: Path) -> None:
+    checkpoint = straight[0] / "checkpoint-8"
+    model = type(bert()).from_pretrained(checkpoint)
+    with pytest.raises(ValueError, match=r"sparsity_state\.safetensors: teacher was '\w+', in this run it is '\w+'"):
+        trainer_in(tmp_path, model).train(resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_height": 8}, r"was pruned in blocks of \[4, 1\], this run asks for \[8, 1\].*block_height"),
+        ({"block_overrides": '{".*query": [2, 2]}'}, r"query was pruned in blocks of \[4, 1\], .* \[2, 2\]"),
+        ({"exclude_modules": ".*query"}, r"query is not a target layer of this run: target_modules or exclude_modules"),
+        ({"target_modules": r".*(encoder.*dense|query|key|value|pooler\.dense)"}, r"pooler\.dense is not a target layer of the checkpoint"),
+        ({"sparsity_scope": "global"}, r"sparsity_scope was 'layer', this run asks for 'global'"),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_of_another_run_is_refused(straight: Any, tmp_path: Path, changes: Any, message: str) -> None:
+    trainer = trainer_in(tmp_path, **changes)
+    before = weights_of(trainer.model)
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=str(straight[0] / "checkpoint-4"))
+    assert_same(before, weights_of(trainer.model))
+
+
+def copy_of(checkpoint: Path, folder: Path) -> Path:
+    target = folder / checkpoint.name
+    target.mkdir()
+    for file in checkpoint.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    return target
+
+
+def test_a_plain_checkpoint_is_refused(straight: Any, tmp_path: Path) -> None:
+    plain = copy_of(straight[0] / "checkpoint-4", tmp_path)
+    (plain / STATE_FILE).unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-4 holds no sparsity_state\.safetensors"):
+        trainer_in(tmp_path / "out").train(resume_from_checkpoint=str(plain))
+
+
+def test_a_damaged_state_is_refused(straight: Any, tmp_path: Path) -> None:
+    damaged = copy_of(straight[0] / "checkpoint-4", tmp_path)
+    whole = (damaged / STATE_FILE).read_bytes()
+    masks = trainer_in(tmp_path / "out").pruner.masks
+    for size in (0, 5, len(whole) // 2, len(whole) - 1):
+        (damaged / STATE_FILE).write_bytes(whole[:size])
+        with pytest.raises(FormatError, match=r"sparsity_state\.safetensors is damaged"):
+            load_state(damaged, masks, {})
+    (damaged / STATE_FILE).write_bytes(whole)
+    load_state(damaged, masks, {})
+
+
+@pytest.mark.parametrize("state", [None, "not json", "[]", '{"version": 99}'])
+def test_a_state_of_another_version_is_refused(straight: Any, tmp_path: Path, state: str | None) -> None:
+    folder = copy_of(straight[0] / "checkpoint-4", tmp_path)
+    tensors = load_file(folder / STATE_FILE)
+    save_file(tensors, folder / STATE_FILE, metadata={"format": "pt"} | ({"hf_sparse_state": state} if state else {}))
+    with pytest.raises(FormatError, match=r"sparsity_state\.safetensors (has version|is damaged)"):
+        load_state(folder, trainer_in(tmp_path / "out").pruner.masks, {})
+
+
+@pytest.mark.parametrize("missing", ["block_shapes", "scope", "facts"])
+def test_a_state_with_a_part_missing_is_refused(straight: Any, tmp_path: Path, missing: str) -> None:
+    from safetensors import safe_open
+
+    folder = copy_of(straight[0] / "checkpoint-4", tmp_path)
+    with safe_open(folder / STATE_FILE, framework="pt") as handle:
+        state = json.loads(handle.metadata()["hf_sparse_state"])
+    del state[missing]
+    save_file(load_file(folder / STATE_FILE), folder / STATE_FILE, metadata={"hf_sparse_state": json.dumps(state)})
+    with pytest.raises(FormatError, match=missing):
+        load_state(folder, trainer_in(tmp_path / "out").pruner.masks, {})
+
+
+def test_a_checkpoint_with_more_sparsity_than_asked_for_is_refused_at_once(straight: Any, tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path, sparsity=0.3)
+    with pytest.raises((ValueError, RuntimeError), match="sparsity"):
+        trainer.train(resume_from_checkpoint=str(straight[0] / "checkpoint-8"))
