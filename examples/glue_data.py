@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -50,21 +50,31 @@ READERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def check_files(files: Mapping[str, str]) -> None:
-    """Refuse data files that are not there or of no known kind.
+def check_source(task: str | None, files: Mapping[str, str], asked: Sequence[str]) -> None:
+    """Refuse a task that is none, and data files that are missing or of no known kind.
 
     Args:
-        files: {split: path}.
+        task: GLUE task or None.
+        files: {split: path}; none where the data comes from the Hub.
+        asked: the splits that will be used.
 
     Raises:
         FileNotFoundError: naming the missing file.
-        ValueError: naming the file, and the endings that are known.
+        ValueError: naming the task, file or split, and what is known.
     """
+    if not asked:
+        raise ValueError("there is nothing to do: give --do_train, --do_eval or --do_predict.")
+    if task not in (None, *TASKS):
+        raise ValueError(f"task_name={task!r} is not known: use one of {list(TASKS)}, or give --train_file.")
+    if task is None and not files:
+        raise ValueError("there is no data: give --task_name, or --train_file and --validation_file.")
     for split, file in files.items():
         if Path(file).suffix not in READERS:
             raise ValueError(f"{split}_file={file!r} cannot be read: its name must end in one of {list(READERS)}.")
         if not Path(file).is_file():
             raise FileNotFoundError(f"{split}_file={file!r} does not exist.")
+    if files and (missing := [split for split in asked if split not in files]):
+        raise ValueError(f"{missing[0]}_file is missing: name the {missing[0]} data.")
 
 
 def load_splits(files: Mapping[str, str], task: str | None, cache_dir: str | None) -> DatasetDict:
@@ -84,7 +94,8 @@ def load_splits(files: Mapping[str, str], task: str | None, cache_dir: str | Non
         reader, options = READERS[Path(file).suffix]
         try:
             splits[split] = load_dataset(reader, data_files=file, split="train", cache_dir=cache_dir, **options)
-        except DatasetGenerationError as error:
+        # What pyarrow finds wrong with a parquet file is a ValueError.
+        except (DatasetGenerationError, ValueError) as error:
             raise ValueError(f"{split}_file={file!r} cannot be read: {error.__cause__ or error}") from error
     return splits
 

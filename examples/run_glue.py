@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from glue_data import TASKS, Metric, check_files, check_values, find_labels, find_text_columns, load_splits, tokenise
+from glue_data import TASKS, Metric, check_source, check_values, find_labels, find_text_columns, load_splits, tokenise
 from tiny_task import smoke_arguments
 from transformers import (
     AutoConfig,
@@ -39,6 +39,9 @@ import hf_sparse
 from hf_sparse import SparseDistillConfig, SparseDistillTrainer
 
 logger = logging.getLogger("run_glue")
+
+
+Arguments = tuple["ModelArguments", "DataTrainingArguments", SparseDistillConfig]
 
 
 def option(default: Any, text: str) -> Any:
@@ -86,9 +89,7 @@ class DataTrainingArguments:
         return {split: file for split, file in files.items() if file is not None}
 
 
-def parse_arguments(
-    argv: list[str], scratch: Path
-) -> tuple[ModelArguments, DataTrainingArguments, SparseDistillConfig]:
+def parse_arguments(argv: list[str], scratch: Path) -> Arguments:
     """Read the command line, or the one JSON or YAML file that it names, and refuse what cannot work."""
     parser = HfArgumentParser((ModelArguments, DataTrainingArguments, SparseDistillConfig))
     if len(argv) == 1 and argv[0].endswith(".json"):
@@ -101,17 +102,8 @@ def parse_arguments(
         model_args, data_args, args = parser.parse_args_into_dataclasses(argv)
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path is missing: name the model to prune, or try the script with --smoke.")
-    if data_args.task_name not in (None, *TASKS):
-        raise ValueError(f"task_name={data_args.task_name!r} is not known: use one of {list(TASKS)}, or --train_file.")
-    if data_args.task_name is None and not data_args.files:
-        raise ValueError("there is no data: give --task_name, or --train_file and --validation_file.")
-    check_files(data_args.files)
-    wanted = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
-    if not any(wanted.values()):
-        raise ValueError("there is nothing to do: give --do_train, --do_eval or --do_predict.")
-    for split, asked in wanted.items():
-        if asked and data_args.files and split not in data_args.files:
-            raise ValueError(f"{split}_file is missing: name the {split} data.")
+    asked = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
+    check_source(data_args.task_name, data_args.files, [split for split in asked if asked[split]])
     return model_args, data_args, args
 
 
@@ -186,8 +178,9 @@ def summary(folder: str, metrics: dict[str, float]) -> str:
     return "\n".join(["", str(report), "", *lines, "", f"Saved in {folder}."])
 
 
-def run(model_args: ModelArguments, data_args: DataTrainingArguments, args: SparseDistillConfig) -> None:
+def run(arguments: Arguments) -> None:
     """Load, fine-tune, prune, measure, save, publish."""
+    model_args, data_args, args = arguments
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     for name in ("run_glue", "hf_sparse"):
         logging.getLogger(name).setLevel(logging.INFO if args.process_index == 0 else logging.WARNING)
@@ -228,7 +221,7 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, args: Spar
     evals = [rows for split, rows in data.items() if split.startswith("validation")]
 
     metric = Metric(task, regression=labels is None, from_hub=not data_args.files)
-    logger.info("Metric: %s.", metric.source)
+    logger.info("%d process(es), device %s. Metric: %s.", args.world_size, args.device, metric.source)
     common: dict[str, Any] = {
         "train_dataset": data.get("train"),
         "eval_dataset": evals[0] if evals else None,
@@ -240,19 +233,21 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, args: Spar
     # Training
     trainer: Trainer
     metrics: dict[str, float] = {}
-    if fine_tuning and not checkpoint:
-        fine_tune(model, model_args, args, common)
-        model, head_is_new = load_model(dense_folder, model_args, labels)
     if args.do_train:
-        teacher, teacher_path = None, model_args.teacher_model_name_or_path
-        if teacher_path is not None:
-            teacher, head_is_new = load_model(teacher_path, model_args, labels)
-        if args.needs_teacher and head_is_new:
+        teacher, untrained, path = None, head_is_new and not fine_tuning, model_args.teacher_model_name_or_path
+        if path is not None:
+            teacher, untrained = load_model(path, model_args, labels)
+        if args.needs_teacher and untrained:
             raise ValueError(
-                f"{teacher_path or name} has no trained head for this task and would teach noise: name a fine-tuned "
-                f"model or teacher, or add --finetune_epochs 3."
+                f"{path or name} has no trained head for this task and would teach noise: name a fine-tuned model or "
+                f"teacher, or add --finetune_epochs 3."
             )
-        trainer = SparseDistillTrainer(model=model, args=args, teacher_model=teacher, **common)
+        # Made before fine-tuning as well: what does not fit the model is refused at once, and not hours later.
+        make_trainer = partial(SparseDistillTrainer, args=args, teacher_model=teacher, **common)
+        trainer = make_trainer(model)
+        if fine_tuning and not checkpoint:
+            fine_tune(model, model_args, args, common)
+            trainer = make_trainer(load_model(dense_folder, model_args, labels)[0])
         if evals:
             dense = trainer.evaluate_teacher() if args.needs_teacher else trainer.evaluate(metric_key_prefix="teacher")
             metrics |= {key.replace("teacher", "dense", 1): value for key, value in dense.items()}
@@ -264,8 +259,8 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, args: Spar
     else:
         trainer = Trainer(model=model, args=args, **common)
 
-    # Evaluation
-    for rows, prefix in zip(evals, ("eval", "eval_mm"), strict=False):
+    # Evaluation. The first split comes last: the card shows what was measured last.
+    for rows, prefix in reversed(list(zip(evals, ("eval", "eval_mm"), strict=False))):
         metrics |= trainer.evaluate(rows, metric_key_prefix=prefix)
     if evals:
         floor = metric.of_commonest_answer(np.asarray(evals[0]["label"]))
@@ -281,13 +276,11 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, args: Spar
 
     # Publishing
     if args.do_train:
-        card = {
-            "tasks": "text-classification",
-            "finetuned_from": name,
-            "dataset": Path(data_args.train_file or "").name,
-        }
+        card: dict[str, Any] = {"tasks": "text-classification", "finetuned_from": name}
         if task:
             card |= {"language": "en", "dataset": f"GLUE {task}", "dataset_tags": "nyu-mll/glue", "dataset_args": task}
+        else:
+            card["dataset"] = Path(data_args.files["train"]).name
         (trainer.push_to_hub if args.push_to_hub else trainer.create_model_card)(**card)
         if trainer.is_world_process_zero():
             print(summary(args.output_dir, metrics))
@@ -297,7 +290,7 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, args: Spar
 def main(argv: list[str] | None = None) -> None:
     """Run with these arguments; None = those of the command line."""
     with tempfile.TemporaryDirectory() as scratch:
-        run(*parse_arguments(sys.argv[1:] if argv is None else argv, Path(scratch)))
+        run(parse_arguments(sys.argv[1:] if argv is None else argv, Path(scratch)))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ def write_model(folder: Path, with_head: bool = False) -> Path:
     """
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *_FILLERS, *_WORDS["bad"], *_WORDS["good"]]
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=len(words), max_position_embeddings=64, **_SIZES)
+    names = {"id2label": dict(enumerate(_WORDS)), "label2id": {name: i for i, name in enumerate(_WORDS)}}
+    config = BertConfig(vocab_size=len(words), max_position_embeddings=64, **_SIZES, **(names if with_head else {}))
     (BertForSequenceClassification if with_head else BertModel)(config).save_pretrained(folder)
     BertTokenizer(vocab={word: i for i, word in enumerate(words)}, model_max_length=64).save_pretrained(folder)
     return folder
@@ -46,6 +47,7 @@ def make_rows(count: int, seed: int) -> list[dict[str, str]]:
 
 def write_csv(file: Path, count: int, seed: int) -> Path:
     """Write `make_rows` to a csv file, and give the file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", newline="", encoding="utf-8") as handle:
         writer = csv.DictWriter(handle, ["sentence", "label"])
         writer.writeheader()

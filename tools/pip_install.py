@@ -44,7 +44,7 @@ def _follow(lines: Iterable[str], title: str) -> deque[str]:
             state = f"{doing} {done:.0f}/{total:.0f} MiB"
         else:
             last.append(line)
-            # "Collecting a>=1", "  Downloading a-1.0.whl (2 MB)", "Building wheel for a", "Installing collected packages"
+            # As in "Collecting a>=1" or "  Downloading a-1.0.whl (2 MB)".
             if not (step := re.match(r"\s*(Collecting|Downloading|Using|Building|Installing) (.*)", line)):
                 continue
             packages += step[1] == "Collecting"

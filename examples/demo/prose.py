@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Iterator
 
-WORDS = (6, 30)
+WORDS = (8, 30)
 MASKED = "this package"
 
 _NAMES = re.compile(
@@ -36,7 +36,7 @@ def sentences(docstring: str) -> list[str]:
         docstring: in any of the usual styles (reStructuredText, numpydoc, Google, Markdown).
 
     Returns:
-        Sentences of 6 to 30 words, in order, package names masked.
+        Sentences of 8 to 30 words, in order, package names masked.
 
     Example:
         >>> sentences("Draw the nodes of a graph with NetworkX.\\n\\nParameters\\n----------\\nG : a graph.")

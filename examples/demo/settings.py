@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +27,8 @@ class Settings:
         timing_seconds, timing_rounds: per measured latency, see `time_interleaved`.
     """
 
-    train_rows: int = 9000
-    test_rows: int = 1800
+    train_rows: int = 6000
+    test_rows: int = 1200
     max_tokens: int = 48
     batch: int = 32
     dense_epochs: float = 1.0
@@ -41,6 +43,16 @@ class Settings:
     tiny: bool = False
     timing_seconds: float = 5.0
     timing_rounds: int = 9
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain numbers and lists, ready for JSON."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Settings:
+        """Read what `to_dict` gave."""
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return cls(**values)
 
 
 SMOKE = Settings(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import DatasetDict
 from safetensors.torch import save_file
@@ -18,6 +17,7 @@ from transformers import (
     set_seed,
 )
 
+from examples.demo.predict import predict_logits
 from examples.demo.settings import Paths, Settings
 from hf_sparse import SparseDistillConfig, SparseDistillTrainer
 
@@ -81,11 +81,18 @@ def fine_tune(splits: DatasetDict, settings: Settings, paths: Paths) -> Scores:
     set_seed(settings.seed)
     source = pretrained_folder()
     names = splits["train"].features["label"].names
-    labels = {"num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+    labels: dict[str, Any] = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
     tokenizer = load_tokenizer(source)
     if settings.tiny:
-        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-        model = AutoModelForSequenceClassification.from_config(BertConfig(vocab_size=len(tokenizer), **sizes, **labels))
+        sizes: dict[str, Any] = {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+        }
+        model = AutoModelForSequenceClassification.from_config(
+            BertConfig(vocab_size=len(tokenizer), **sizes, **labels)
+        )
     else:
         model = AutoModelForSequenceClassification.from_pretrained(source, **labels)
     data = tokenized(splits, tokenizer, settings)
@@ -136,14 +143,13 @@ def prune(splits: DatasetDict, sparsity: float, settings: Settings, paths: Paths
     dense_score = trainer.evaluate_teacher()["teacher_accuracy"]
     metrics = trainer.evaluate()
     trainer.save_model()
-    logits = trainer.predict(data["test"]).predictions
-    save_file({"logits": torch.from_numpy(np.ascontiguousarray(logits))}, paths.expected)
+    save_file({"logits": predict_logits(trainer.model, tokenizer, splits["test"]["text"], settings)}, paths.expected)
     return Scores(score=metrics["eval_accuracy"], dense_score=dense_score, steps=trainer.state.global_step,
                   train_loss=train_loss, dev_loss=metrics["eval_loss"])  # fmt: skip
 
 
 def freeze_embeddings(model: Any) -> Any:
-    """Leave the embeddings as they are: the corpus shows few of their words, and their update costs a third of a step."""
+    """Leave the word embeddings as they are: the corpus shows few of the words, and updating all costs much time."""
     model.get_input_embeddings().weight.requires_grad_(False)
     return model
 

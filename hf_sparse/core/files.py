@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -34,7 +36,8 @@ def atomic_folder(target: str | os.PathLike[str], stale: Callable[[str], bool] |
     """
     target = Path(target)
     target.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
+    _clear_abandoned(target)
+    staging = Path(tempfile.mkdtemp(prefix=f"{_staging_prefix()}{os.getpid()}-", dir=target))
     try:
         yield staging
         written = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
@@ -51,6 +54,33 @@ def atomic_folder(target: str | os.PathLike[str], stale: Callable[[str], bool] |
         _flush(target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _staging_prefix() -> str:
+    # The machine's name, because on a shared file system a process of another machine may be at work.
+    return f".saving-{platform.node()}-"
+
+
+def _clear_abandoned(target: Path) -> None:
+    # What a killed save left behind would otherwise stay for ever, and travel with the folder when it is uploaded.
+    prefix = _staging_prefix()
+    for path in target.glob(f"{glob.escape(prefix)}*"):
+        process = path.name.removeprefix(prefix).partition("-")[0]
+        if process.isdigit() and not _is_running(int(process)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        # It runs, and belongs to somebody else.
+        return True
+    return True
 
 
 def _flush(path: Path) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from hf_sparse.core.blocks import BlockShape, from_blocks, grid_shape, to_blocks
 
 FORMAT_VERSION = 1
+QUANT_METHOD = "hf_sparse"
 MASK_SUFFIX = "_block_mask"
 
 # No weight of a real layer comes near; what does is a damaged or hostile config and must not be allocated.
@@ -119,6 +120,47 @@ class LayerFormat:
         return layer
 
 
+def read_layer_formats(config: Any) -> dict[str, LayerFormat]:
+    """Check and read the `quantization_config` of a compressed model.
+
+    Args:
+        config: what `config.json` holds under "quantization_config".
+
+    Returns:
+        {layer name: geometry}.
+
+    Raises:
+        FormatError: if it is of a newer version, or anything in it is not what format 1 allows. Unknown keys are
+            refused: a key that this version does not know could change what the others mean.
+
+    Example:
+        >>> entry = {"block_shape": [2, 1], "kept": 3, "dense_shape": [4, 4]}
+        >>> config = {"quant_method": "hf_sparse", "format_version": 1, "modules": {"q": entry}}
+        >>> read_layer_formats(config)["q"].num_blocks
+        8
+    """
+    if not isinstance(config, dict) or config.get("quant_method") != QUANT_METHOD:
+        raise FormatError(f"quantization_config must hold quant_method {QUANT_METHOD!r}, found {_short(config)}.")
+    # The version comes first: what a newer file holds may read as nonsense here.
+    version = config.get("format_version")
+    if type(version) is not int or version < 1:
+        raise FormatError(f"quantization_config: format_version must be an integer from 1, found {version!r}.")
+    if version > FORMAT_VERSION:
+        raise FormatError(
+            f"quantization_config: format_version {version} is newer than this hf_sparse, which reads up to "
+            f"{FORMAT_VERSION}: pip install -U hf-sparse."
+        )
+    allowed = ("quant_method", "format_version", "modules", "dequantize")
+    if unknown := sorted(set(map(str, config)) - set(allowed)):
+        raise FormatError(f"quantization_config: format {version} has no key {unknown[0]!r}, only {list(allowed)}.")
+    if not isinstance(config.get("dequantize", False), bool):
+        raise FormatError(f"quantization_config: dequantize must be true or false, found {config['dequantize']!r}.")
+    modules = config.get("modules")
+    if not isinstance(modules, dict) or not all(isinstance(name, str) for name in modules):
+        raise FormatError(f"quantization_config: modules must map layer names to shapes, found {_short(modules)}.")
+    return {name: LayerFormat.from_dict(name, entry) for name, entry in modules.items()}
+
+
 def pack_mask(mask: Tensor) -> Tensor:
     """Turn a block mask into a bitmap.
 
@@ -215,6 +257,11 @@ def unpack(values: Tensor, bitmap: Tensor, dense_shape: tuple[int, int]) -> Tens
         raise FormatError(f"the bitmap keeps {population} blocks, but {values.shape[0]} are stored.")
     blocks = values.new_zeros(*mask.shape, *block_shape)
     return from_blocks(blocks.index_put((mask,), values))
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _plain_int(name: str, key: str, value: Any) -> int:

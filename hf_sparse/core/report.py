@@ -14,7 +14,14 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from hf_sparse.core.blocks import BlockShape
-from hf_sparse.core.packing import MASK_SUFFIX, FormatError, LayerFormat, unpack_mask
+from hf_sparse.core.packing import (
+    MASK_SUFFIX,
+    QUANT_METHOD,
+    FormatError,
+    LayerFormat,
+    read_layer_formats,
+    unpack_mask,
+)
 from hf_sparse.core.targets import find_stacks, is_linear, weight_view
 
 _ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
@@ -188,9 +195,12 @@ def _report_folder(folder: Path) -> SparsityReport:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise FormatError(f"{config_file} is not JSON: {error}") from error
-    quantization = config.get("quantization_config") or {}
-    entries = quantization.get("modules", {}) if quantization.get("quant_method") == "hf_sparse" else {}
-    formats = {name: LayerFormat.from_dict(name, entry) for name, entry in entries.items()}
+    if not isinstance(config, dict):
+        raise FormatError(f"{config_file} must hold an object, found a {type(config).__name__}.")
+    try:
+        formats = _read_formats(config.get("quantization_config"))
+    except FormatError as error:
+        raise FormatError(f"{config_file}: {error}") from error
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder} holds no model*.safetensors file.")
@@ -211,6 +221,12 @@ def _report_folder(folder: Path) -> SparsityReport:
     return SparsityReport(
         layers=layers, bytes=stored, dense_bytes=stored + sum(x.dense_bytes - x.bytes for x in layers)
     )
+
+
+def _read_formats(quantization: Any) -> dict[str, LayerFormat]:
+    # Weights quantized by somebody else are reported as the tensors they are.
+    other = isinstance(quantization, dict) and quantization.get("quant_method") != QUANT_METHOD
+    return {} if quantization is None or other else read_layer_formats(quantization)
 
 
 def _stored_tensor(

@@ -198,6 +198,11 @@ class CardFacts:
             value = getattr(facts, name)
             if value is not None and not 0.0 <= value < 1.0:
                 raise FormatError(f"{name}={value!r} must be in [0, 1).")
+        times = {f"latency[{i}].{k}": getattr(x, k) for i, x in enumerate(facts.latency) for k in ("ms", "dense_ms")}
+        sizes = {"file_bytes": facts.file_bytes, "dense_file_bytes": facts.dense_file_bytes}
+        for name, value in {**times, **sizes}.items():
+            if value is not None and value <= 0:
+                raise FormatError(f"{name}={value!r} must be above 0.")
         if facts.auto_class is not None and not facts.auto_class.isidentifier():
             raise FormatError(f"auto_class={facts.auto_class!r} must be the name of a class.")
         return facts

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.core.blocks import BlockShape, expand_mask, to_blocks
+from hf_sparse.core.packing import QUANT_METHOD
 from hf_sparse.core.targets import assign_block_shapes, find_targets, is_conv1d, is_linear, weight_view
 from hf_sparse.inference.linear import BlockSparseLinear
 
 logger = logging.getLogger(__name__)
-
-QUANT_METHOD = "hf_sparse"
 
 
 def compress(model: Any, masks: Mapping[str, Tensor] | None = None, block_shape: BlockShape | None = None) -> Any:

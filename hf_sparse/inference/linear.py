@@ -38,8 +38,8 @@ class BlockSparseLinear(nn.Module):
 
     Example:
         >>> layer = BlockSparseLinear.from_dense(torch.eye(4), torch.eye(2).bool(), (2, 2))
-        >>> layer(torch.arange(4.))
-        tensor([0., 1., 2., 3.], grad_fn=<ViewBackward0>)
+        >>> layer(torch.arange(4.)).tolist()
+        [0.0, 1.0, 2.0, 3.0]
     """
 
     def __init__(

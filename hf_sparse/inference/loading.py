@@ -10,12 +10,10 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_sparse.core.packing import FORMAT_VERSION, FormatError, LayerFormat
+from hf_sparse.core.packing import FORMAT_VERSION, QUANT_METHOD, LayerFormat, read_layer_formats
 from hf_sparse.inference.checkpoint import check_bitmaps, header_strings, match_modules, read_headers
-from hf_sparse.inference.compress import QUANT_METHOD, compressed_layers, decompress, replace_module
+from hf_sparse.inference.compress import compressed_layers, decompress, replace_module
 from hf_sparse.inference.linear import BlockSparseLinear
-
-_KEYS = ("quant_method", "format_version", "modules", "dequantize")
 
 
 class BlockSparseConfig(QuantizationConfigMixin):
@@ -45,37 +43,19 @@ class BlockSparseConfig(QuantizationConfigMixin):
         quant_method: str = QUANT_METHOD,
         **unknown: Any,
     ) -> None:
-        # The version comes first: what a newer file holds may read as nonsense here.
-        if type(format_version) is not int or format_version < 1:
-            raise FormatError(f"quantization_config: format_version must be 1 or more, found {format_version!r}.")
-        if format_version > FORMAT_VERSION:
-            raise FormatError(
-                f"quantization_config: format_version {format_version} is newer than this hf_sparse, which reads "
-                f"up to {FORMAT_VERSION}: pip install -U hf-sparse."
-            )
-        if quant_method != QUANT_METHOD:
-            raise FormatError(f"quantization_config: quant_method must be {QUANT_METHOD!r}, found {quant_method!r}.")
-        if unknown:
-            raise FormatError(
-                f"quantization_config: format {FORMAT_VERSION} has no key {sorted(unknown)[0]!r}, only {list(_KEYS)}."
-            )
-        if not isinstance(dequantize, bool):
-            raise FormatError(f"quantization_config: dequantize must be true or false, found {dequantize!r}.")
         modules = {} if modules is None else modules
-        if not isinstance(modules, dict) or not all(isinstance(name, str) for name in modules):
-            raise FormatError(
-                f"quantization_config: modules must map layer names to their shapes, found {str(modules)[:80]!r}."
-            )
+        config = {"quant_method": quant_method, "format_version": format_version, "modules": modules}
+        formats = read_layer_formats({**unknown, **config, "dequantize": dequantize})
         self.quant_method: Any = QUANT_METHOD
         self.format_version = format_version
         self.dequantize = dequantize
-        self.modules = {name: LayerFormat.from_dict(name, entry).to_dict() for name, entry in modules.items()}
+        self.modules = {name: layer.to_dict() for name, layer in formats.items()}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Read the JSON form; arguments as in `QuantizationConfigMixin.from_dict`."""
-        if "self" in config_dict:
-            raise FormatError(f"quantization_config: format {FORMAT_VERSION} has no key 'self', only {list(_KEYS)}.")
+        # Checked before Python sees the keys as arguments.
+        read_layer_formats(config_dict)
         return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
 
     def layer_formats(self) -> dict[str, LayerFormat]:

@@ -129,7 +129,7 @@ class SparseDistillConfig(TrainingArguments):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known: use one of {list(choices)}.")
         for name in ("block_height", "block_width"):
-            if not _is_int(value := getattr(self, name)) or value == 0 or value < -1:
+            if not _is_block_size(value := getattr(self, name)):
                 raise ValueError(
                     f"{name}={value!r} is not a block size: use a positive integer, or -1 for the whole side."
                 )
@@ -187,13 +187,13 @@ class SparseDistillConfig(TrainingArguments):
         except json.JSONDecodeError as error:
             raise ValueError(f"block_overrides={self.block_overrides!r} is not JSON: {error}") from error
         good = isinstance(parsed, dict) and all(
-            isinstance(shape, list | tuple) and len(shape) == 2 and all(map(_is_int, shape))
+            isinstance(shape, list | tuple) and len(shape) == 2 and all(map(_is_block_size, shape))
             for shape in parsed.values()
         )
         if not good:
             raise ValueError(
                 f"block_overrides={self.block_overrides!r} must map regular expressions to [height, width], "
-                f'as in {{".*query": [16, 16]}}.'
+                f'positive integers or -1, as in {{".*query": [16, 16]}}.'
             )
         for pattern in parsed:
             compile_pattern("block_overrides", pattern)
@@ -223,3 +223,7 @@ class SparseDistillConfig(TrainingArguments):
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_block_size(value: Any) -> bool:
+    return _is_int(value) and (value > 0 or value == -1)

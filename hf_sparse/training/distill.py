@@ -8,7 +8,7 @@ Shape letters: B batch, T tokens, V classes or vocabulary, H heads, D hidden siz
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -125,7 +125,7 @@ def attention_loss(
 
 
 def logits_loss(
-    student: Any, teacher: Any, inputs: dict[str, Tensor], config: Any, temperature: float, shifted: bool
+    student: Any, teacher: Any, inputs: Mapping[str, Tensor], config: Any, temperature: float, shifted: bool
 ) -> Tensor:
     """Compute the distillation loss that fits the task of a model, told from its outputs.
 
@@ -150,6 +150,7 @@ def logits_loss(
             sides = [(s.masked_fill(padding, -1e4), t.masked_fill(padding, -1e4)) for s, t in sides]
         losses = [distillation_loss(s, t, temperature) for s, t in sides]
         return (losses[0] + losses[1]) / 2
+    unit = logits_unit(student, inputs)
     student_logits, teacher_logits = student.logits, teacher.logits
     if student_logits.ndim == 2:
         problem = getattr(config, "problem_type", None)
@@ -157,15 +158,38 @@ def logits_loss(
             return distillation_loss(student_logits, teacher_logits, kind="regression")
         kind = "multi_label" if problem == "multi_label_classification" else "classes"
         return distillation_loss(student_logits, teacher_logits, temperature, kind)
-    labels, mask = inputs.get("labels"), None
-    if labels is not None and labels.shape == student_logits.shape[:-1]:
-        mask = labels != -100
-    elif attention_mask is not None and attention_mask.shape == student_logits.shape[:-1]:
-        mask = attention_mask.bool()
+    mask = None
+    if unit == "items":
+        mask = inputs["labels"] != -100
+    elif unit == "tokens":
+        mask = inputs["attention_mask"].bool()
     if shifted:
         student_logits, teacher_logits = student_logits[:, :-1], teacher_logits[:, :-1]
         mask = None if mask is None else mask[:, 1:]
     return distillation_loss(student_logits, teacher_logits, temperature, mask=mask)
+
+
+def logits_unit(student: Any, inputs: Mapping[str, Tensor]) -> str:
+    """Tell of what `logits_loss` is a mean: an entry of `share.UNITS`.
+
+    Raises:
+        ValueError: if the model gives no logits that could be distilled.
+    """
+    if getattr(student, "start_logits", None) is not None:
+        return "samples"
+    logits = getattr(student, "logits", None)
+    if logits is None or logits.ndim not in (2, 3):
+        found = "none" if logits is None else f"logits of shape {list(logits.shape)}"
+        raise ValueError(
+            f"kd_weight needs logits [samples, labels] or [samples, tokens, labels], the model returns {found}: "
+            f"set kd_weight=0."
+        )
+    labels, attention_mask = inputs.get("labels"), inputs.get("attention_mask")
+    if logits.ndim == 3 and labels is not None and labels.shape == logits.shape[:-1]:
+        return "items"
+    if logits.ndim == 3 and attention_mask is not None and attention_mask.shape == logits.shape[:-1]:
+        return "tokens"
+    return "samples"
 
 
 def _per_sample(error: Tensor, mask: Tensor | None) -> Tensor:

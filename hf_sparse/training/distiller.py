@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,9 +12,11 @@ import torch
 from torch import nn
 
 from hf_sparse.training.config import SparseDistillConfig
-from hf_sparse.training.graft import graft_at, graft_sites
+from hf_sparse.training.graft import GraftSite, graft_at, graft_sites
 from hf_sparse.training.schedules import StepPlan, graft_draws
 from hf_sparse.training.teacher import check_teacher, copy_as_teacher, fingerprint, load_teacher, return_attention_maps
+
+logger = logging.getLogger(__name__)
 
 
 class Distiller:
@@ -27,10 +31,12 @@ class Distiller:
         ValueError: if the teacher does not fit the settings.
     """
 
-    def __init__(self, student: nn.Module, config: SparseDistillConfig, given: nn.Module | str | None) -> None:
+    def __init__(self, student: nn.Module, config: SparseDistillConfig, given: nn.Module | str | os.PathLike[str] | None) -> None:
         self.config, self.was_given = config, given is not None
         self.teacher: nn.Module | None = None
+        self._placed_on: torch.device | None = None
         self._hooked: nn.Module | None = None
+        self._sites: tuple[nn.Module, list[GraftSite]] | None = None
         if config.attention_weight:
             return_attention_maps(student)
         if given is not None and config.needs_teacher:
@@ -38,14 +44,22 @@ class Distiller:
             check_teacher(student, self.teacher, config)
         elif config.graft_start < 1.0:
             graft_sites(student, student)
+        if given is not None and not config.needs_teacher:
+            logger.warning(
+                "teacher_model is not used: kd_weight, hidden_weight and attention_weight are 0 and graft_start is 1."
+            )
 
     def hire(self, student: nn.Module, device: torch.device) -> nn.Module:
         """Give the teacher, on the device; where none was given, the first call copies the student as it is then."""
         if self.teacher is None:
             self.teacher = copy_as_teacher(student)
-        if self.config.attention_weight:
-            return_attention_maps(self.teacher)
-        return self.teacher.to(device)
+        # Once, and not in every micro-batch: walking over all parameters takes longer than a small step.
+        if self._placed_on != device:
+            if self.config.attention_weight:
+                return_attention_maps(self.teacher)
+            self.teacher.to(device)
+            self._placed_on = device
+        return self.teacher
 
     def asked_of_models(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Add to a batch what the losses need both models to return."""
@@ -76,7 +90,9 @@ class Distiller:
         if plan.graft_prob >= 1.0:
             yield
             return
-        sites = graft_sites(student, self.hire(student, device))
+        if self._sites is None or self._sites[0] is not student:
+            self._sites = student, graft_sites(student, self.hire(student, device))
+        sites = self._sites[1]
         with graft_at(sites, graft_draws(plan.graft_prob, len(sites), self.config.seed, plan.step)):
             yield
 

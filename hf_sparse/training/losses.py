@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse.training.config import SparseDistillConfig
-from hf_sparse.training.distill import attention_loss, hidden_loss, logits_loss
+from hf_sparse.training.distill import attention_loss, hidden_loss, logits_loss, logits_unit
 from hf_sparse.training.distributed import sum_over_ranks, world_size
 
 
@@ -20,7 +21,7 @@ def distillation_terms(
     model_config: Any,
     config: SparseDistillConfig,
     shifted: bool,
-) -> dict[str, Tensor]:
+) -> dict[str, tuple[Tensor, str]]:
     """Compute the distillation losses that a config asks for, unweighted.
 
     Args:
@@ -31,21 +32,48 @@ def distillation_terms(
         shifted: whether position i predicts label i + 1.
 
     Returns:
-        Any of "loss_kd", "loss_hidden", "loss_attention": scalars.
+        Any of "loss_kd", "loss_hidden", "loss_attention": a scalar, and of what it is a mean (`share.UNITS`).
 
     Raises:
         ValueError: if a model does not return what a loss needs.
     """
     terms = {}
     if config.kd_weight:
-        terms["loss_kd"] = logits_loss(student, teacher, dict(inputs), model_config, config.kd_temperature, shifted)
+        loss = logits_loss(student, teacher, inputs, model_config, config.kd_temperature, shifted)
+        terms["loss_kd"] = loss, logits_unit(student, inputs)
     if config.hidden_weight:
         pairs = _pairs(student, teacher, "hidden_states", inputs, "hidden_weight")
-        terms["loss_hidden"] = torch.stack([hidden_loss(s, t, mask) for s, t, mask in pairs]).sum()
+        terms["loss_hidden"] = torch.stack([hidden_loss(s, t, mask) for s, t, mask in pairs]).sum(), "samples"
     if config.attention_weight:
         pairs = _pairs(student, teacher, "attentions", inputs, "attention_weight")
-        terms["loss_attention"] = torch.stack([attention_loss(s, t, mask) for s, t, mask in pairs]).sum()
+        terms["loss_attention"] = torch.stack([attention_loss(s, t, mask) for s, t, mask in pairs]).sum(), "samples"
     return terms
+
+
+def weighted_sum(
+    terms: Mapping[str, tuple[Tensor, str]],
+    config: SparseDistillConfig,
+    shares: Mapping[str, Tensor | None],
+    means: RunningMeans,
+) -> Tensor:
+    """Add up the terms of one micro-batch, each with its weight and its share of the step, and record them.
+
+    Args:
+        terms: {"loss_task" and the like: a scalar, and of what it is a mean (`share.UNITS`)}, at least one.
+        config: has a weight for each: "task_weight" for "loss_task".
+        shares: {unit: the micro-batch's share of the step}; None = 1.
+        means: takes the unweighted terms.
+    """
+    weighted = []
+    for name, (term, unit) in terms.items():
+        weight, share = getattr(config, f"{name.removeprefix('loss_')}_weight"), shares[unit]
+        # A share of 1 is left out, so that one micro-batch gives the plain loss to the last bit. Where nothing counts
+        # (labels of -100 alone) the mean is NaN, and adds nothing.
+        if share is not None:
+            term = torch.where(share > 0, term * share.to(term.dtype), 0.0)
+        means.add(name, term)
+        weighted.append(term if weight == 1.0 else weight * term)
+    return functools.reduce(torch.add, weighted)
 
 
 class RunningMeans:
@@ -84,7 +112,11 @@ def _pairs(student: Any, teacher: Any, kind: str, inputs: Mapping[str, Any], fie
     for name, mask in sides:
         mine, theirs = getattr(student, name, None), getattr(teacher, name, None)
         if mine and theirs and all(x is not None for x in (*mine, *theirs)):
-            pairs.append((mine, theirs, inputs.get(mask)))
+            real = inputs.get(mask)
+            if real is None and name.startswith("decoder_") and inputs.get("labels") is not None:
+                # Without a mask of its own the decoder reads the labels shifted by one: padding is where they end.
+                real = inputs["labels"] != -100
+            pairs.append((mine, theirs, real))
     if not pairs:
         raise ValueError(f"{field} needs {kind}, but student or teacher does not return them: set {field}=0.")
     return pairs

@@ -16,13 +16,16 @@ from torch import Tensor
 from hf_sparse.training.distributed import sum_over_ranks, world_size
 
 
+UNITS = ("items", "samples", "tokens")
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepTotals:
     """Counts over all micro-batches of a step and all ranks.
 
     Attributes:
-        counts: [2] float: items (labels that count; samples where labels are one per sample) and samples. None means
-            that one micro-batch is the whole step, so that every share is exactly 1.
+        counts: [3] int64, one per entry of `UNITS`. None means that one micro-batch is the whole step, so that every
+            share is exactly 1.
     """
 
     counts: Tensor | None = None
@@ -38,43 +41,50 @@ class StepTotals:
         """
         if len(micro_batches) == 1 and world_size() == 1:
             return cls()
-        counts = torch.stack([count_items(batch, shifted).to(device) for batch in micro_batches]).sum(0)
+        counts = torch.stack([count_units(batch, shifted).to(device) for batch in micro_batches]).sum(0)
         return cls(counts=sum_over_ranks(counts))
 
-    def shares(self, inputs: Mapping[str, Any], shifted: bool) -> tuple[Tensor | float, Tensor | float]:
-        """Give a micro-batch's share of the step by items and by samples, times the number of ranks.
+    def shares(self, inputs: Mapping[str, Any], shifted: bool) -> dict[str, Tensor | None]:
+        """Give a micro-batch's share of the step, times the number of ranks.
 
         Ranks average their gradients, so the factor undoes that division.
 
         Returns:
-            Two factors: for losses per item, for losses per sample.
+            {unit of `UNITS`: a factor, scalar float32; None where it is exactly 1}.
         """
         if self.counts is None:
-            return 1.0, 1.0
-        counts = count_items(inputs, shifted).to(self.counts.device)
-        factors = counts * world_size() / self.counts.clamp(min=1.0)
-        return factors[0], factors[1]
+            return dict.fromkeys(UNITS)
+        counts = count_units(inputs, shifted).to(self.counts.device)
+        factors = counts * world_size() / self.counts.clamp(min=1)
+        return dict(zip(UNITS, factors.unbind(), strict=True))
 
 
-def count_items(inputs: Mapping[str, Any], shifted: bool) -> Tensor:
-    """Count items and samples of one micro-batch, on its own device, without waiting for it.
+def count_units(inputs: Mapping[str, Any], shifted: bool) -> Tensor:
+    """Count a micro-batch in each of `UNITS`, on its own device, without waiting for it.
+
+    Items are what a task loss is a mean over: labels other than -100, or samples where labels are not integers.
+    Tokens are the positions that are not padding.
 
     Returns:
-        [2] float64: items, samples.
+        [3] int64: items, samples, tokens.
 
     Raises:
         ValueError: if the inputs hold no tensor to count samples by.
 
     Example:
-        >>> count_items({"labels": torch.tensor([[5, -100, 2], [1, 1, -100]])}, shifted=False).tolist()
-        [4.0, 2.0]
+        >>> ids = torch.ones(2, 3, dtype=torch.long)
+        >>> count_units({"input_ids": ids, "labels": torch.tensor([[5, -100, 2], [1, 1, -100]])}, shifted=False)
+        tensor([4, 2, 2])
     """
     tensors = [value for value in inputs.values() if isinstance(value, Tensor) and value.ndim]
     if not tensors:
         raise ValueError(f"the batch holds no tensor, only {sorted(inputs)}: samples cannot be counted.")
-    samples, labels = len(tensors[0]), inputs.get("labels")
-    items = torch.tensor(float(samples), dtype=torch.float64, device=tensors[0].device)
+    # Filled on the device: copying a number from the host would wait for it.
+    samples = torch.full((), len(tensors[0]), dtype=torch.long, device=tensors[0].device)
+    items, tokens = samples, samples
+    labels, mask = inputs.get("labels"), inputs.get("attention_mask")
     if isinstance(labels, Tensor) and labels.ndim and not labels.is_floating_point():
-        counted = labels[..., 1:] if shifted and labels.ndim > 1 else labels
-        items = (counted != -100).sum().to(torch.float64)
-    return torch.stack([items, torch.full_like(items, float(samples))])
+        items = (labels[..., 1:] if shifted and labels.ndim > 1 else labels).ne(-100).sum()
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        tokens = (mask[:, 1:] if shifted else mask).ne(0).sum()
+    return torch.stack([items, samples, tokens])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
+from hf_sparse.inference.compress import compressed_layers
 from hf_sparse.training.config import SparseDistillConfig
 
 
@@ -16,13 +18,18 @@ def refuse_unsupported_engine(args: TrainingArguments) -> None:
         ValueError: naming the setting and the way out.
     """
     way_out = "Launch with plain DDP instead: accelerate launch --multi_gpu, without fsdp and deepspeed settings."
-    if args.deepspeed:
+    # `accelerate launch` turns engines on through the environment alone.
+    if args.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError(
-            f"deepspeed={args.deepspeed!r} is not supported: ZeRO keeps its own copies of the weights, from which "
-            f"pruned blocks would come back. {way_out}"
+            f"deepspeed={args.deepspeed or True!r} is not supported: ZeRO keeps its own copies of the weights, from "
+            f"which pruned blocks would come back. {way_out}"
         )
-    if args.fsdp or args.parallel_mode.name == "SAGEMAKER_MODEL_PARALLEL":
-        raise ValueError(f"fsdp={args.fsdp!r} is not supported: shards of a weight cut through its blocks. {way_out}")
+    if args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise ValueError(
+            f"fsdp={args.fsdp or True!r} is not supported: shards of a weight cut through its blocks. {way_out}"
+        )
+    if args.parallel_mode.name == "SAGEMAKER_MODEL_PARALLEL":
+        raise ValueError(f"SageMaker model parallelism is not supported: it cuts through blocks. {way_out}")
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs in one process would train through nn.DataParallel, which is not supported. {way_out} "
@@ -40,6 +47,11 @@ def refuse_unsupported_model(model: nn.Module, config: SparseDistillConfig) -> N
         raise ValueError(
             f"{type(model).__name__} holds PEFT adapters, whose base weights do not train. "
             f"Merge them first: model = model.merge_and_unload()."
+        )
+    if (config.sparsity or config.penalty_weight) and compressed_layers(model):
+        raise ValueError(
+            f"{type(model).__name__} is compressed already. Make it dense first: hf_sparse.decompress(model), or load it "
+            f"with hf_sparse.load_dense."
         )
     if not isinstance(model, PreTrainedModel) and config.save_format == "compressed" and config.sparsity > 0.0:
         raise ValueError(

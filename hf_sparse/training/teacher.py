@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+import os
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from hf_sparse.training.graft import graft_sites
 logger = logging.getLogger(__name__)
 
 
-def load_teacher(teacher: nn.Module | str, student: nn.Module) -> nn.Module:
+def load_teacher(teacher: nn.Module | str | os.PathLike[str], student: nn.Module) -> nn.Module:
     """Give the teacher, frozen and in eval mode.
 
     Args:
@@ -28,10 +29,10 @@ def load_teacher(teacher: nn.Module | str, student: nn.Module) -> nn.Module:
         student: decides the task head with which a path is loaded.
 
     Raises:
-        TypeError: if `teacher` is neither a module nor a string, or no Auto class fits the student.
+        TypeError: if `teacher` is neither a module nor a path or repo id, or no Auto class fits the student.
         ValueError: if the teacher is the student itself.
     """
-    if isinstance(teacher, str):
+    if isinstance(teacher, str | os.PathLike):
         teacher = _auto_class(student).from_pretrained(teacher)
     if not isinstance(teacher, nn.Module):
         raise TypeError(

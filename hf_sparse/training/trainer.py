@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,11 @@ from hf_sparse.training.checkpoint import check_writable, load_state, save_state
 from hf_sparse.training.config import SparseDistillConfig
 from hf_sparse.training.distiller import Distiller
 from hf_sparse.training.facts import run_facts, with_given
-from hf_sparse.training.losses import RunningMeans, distillation_terms
+from hf_sparse.training.losses import RunningMeans, distillation_terms, weighted_sum
 from hf_sparse.training.pruner import Pruner
 from hf_sparse.training.saving import save_final
 from hf_sparse.training.schedules import StepPlan, plan_step
-from hf_sparse.training.share import StepTotals
+from hf_sparse.training.share import StepTotals, count_units
 from hf_sparse.training.support import predicts_next, refuse_unsupported_engine, refuse_unsupported_model
 
 
@@ -52,7 +51,7 @@ class SparseDistillTrainer(Trainer):
         model: nn.Module | None = None,
         args: TrainingArguments | None = None,
         *positional: Any,
-        teacher_model: nn.Module | str | None = None,
+        teacher_model: nn.Module | str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> None:
         if args is None:
@@ -134,39 +133,31 @@ class SparseDistillTrainer(Trainer):
     ) -> Any:
         """Compute the weighted sum of task loss and distillation losses; in evaluation the plain task loss."""
         if not model.training:
-            return super().compute_loss(model, inputs, return_outputs)
+            loss, outputs = self._task_loss(model, inputs)
+            return (loss, outputs) if return_outputs else loss
         asked, student, device = self.distiller.asked_of_models(inputs), self.student, self.args.device
         with self.accelerator.autocast():
             teacher_outputs = self.distiller.teacher_outputs(student, asked, device)
         with self.distiller.grafted(student, self.plan, device):
             if self.args.task_weight:
                 # A copy, because Trainer takes the labels out where a label smoother or a loss function needs them.
-                task_loss, outputs = super().compute_loss(model, dict(asked), return_outputs=True)
-                terms = {"loss_task": task_loss}
+                task_loss, outputs = self._task_loss(model, dict(asked))
+                terms = {"loss_task": (task_loss, "items")}
             else:
                 outputs, terms = model(**asked), {}
         if teacher_outputs is not None:
             student_config = getattr(student, "config", None)
             terms |= distillation_terms(outputs, teacher_outputs, inputs, student_config, self.args, self._shifted)
-        loss = self._weighted_sum(terms, inputs)
+        loss = weighted_sum(terms, self.args, self._totals.shares(inputs, self._shifted), self._means)
         return (loss, outputs) if return_outputs else loss
 
-    def _weighted_sum(self, terms: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> Tensor:
-        by_item, by_sample = self._totals.shares(inputs, self._shifted)
-        weights = {
-            "loss_task": (self.args.task_weight, by_item),
-            "loss_kd": (self.args.kd_weight, by_item),
-            "loss_hidden": (self.args.hidden_weight, by_sample),
-            "loss_attention": (self.args.attention_weight, by_sample),
-        }
-        weighted = []
-        for name, term in terms.items():
-            weight, share = weights[name]
-            # A share of 1 is left out, so that one micro-batch gives the plain loss to the last bit.
-            term = term if isinstance(share, float) else term * share.to(term.dtype)
-            self._means.add(name, term)
-            weighted.append(term if weight == 1.0 else weight * term)
-        return functools.reduce(torch.add, weighted)
+    def _task_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+        # A mean over the micro-batch, also from a function that divides by the count which Trainer gives it.
+        items = None if self.compute_loss_func is None else count_units(inputs, self._shifted)[0]
+        loss, outputs = super().compute_loss(model, inputs, True, items)
+        if items is not None and self.args.average_tokens_across_devices:
+            loss = loss / self.accelerator.num_processes
+        return loss, outputs
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Run one micro-batch; after a step's last one, add the penalty's gradient, to be clipped with the rest."""
@@ -206,14 +197,17 @@ class SparseDistillTrainer(Trainer):
 
     # Checkpoints and saving
 
+    def _agreed_facts(self) -> dict[str, Any]:
+        return {"sparsity": self.args.sparsity, **self.distiller.agreed_facts()}
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        coefs = load_state(resume_from_checkpoint, self.pruner.masks, self.distiller.agreed_facts())
+        coefs = load_state(resume_from_checkpoint, self.pruner.masks, self._agreed_facts())
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.pruner.coefs = coefs
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        load_state(str(self.state.best_model_checkpoint), self.pruner.masks, self.distiller.agreed_facts())
+        load_state(str(self.state.best_model_checkpoint), self.pruner.masks, self._agreed_facts())
         self.pruner.masks.apply_()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -223,7 +217,7 @@ class SparseDistillTrainer(Trainer):
         if is_checkpoint or not isinstance(self.student, PreTrainedModel):
             super().save_model(output_dir, _internal_call)
             if is_checkpoint and self.args.should_save:
-                save_state(folder, self.pruner.masks, self.pruner.coefs, self.distiller.agreed_facts())
+                save_state(folder, self.pruner.masks, self.pruner.coefs, self._agreed_facts())
             return
         if self.args.should_save:
             self._save_final(folder)

@@ -29,8 +29,12 @@ def pruned_bert(seed: int) -> tuple[BertForSequenceClassification, dict[str, tor
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
     with LoopbackHub() as server:
-        # The client reads HF_ENDPOINT once, when it is imported, and this constant at every call.
+        # The client reads HF_ENDPOINT once, when it is imported, and these constants at every call.
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        # transformers keeps one client per process, and with it the address of the server of an earlier test.
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY", True)
         yield server

@@ -87,6 +87,11 @@ def test_layers_of_a_report_are_taken_as_they_are() -> None:
         ({"recipe": {"x": {1, 2}}}, r"recipe\.x=.* must be plain JSON"),
         ({"layers": ["q"]}, r"layers\[0\] must be a JSON object, found str"),
         ({"limits": "none"}, "limits='none' must be a list"),
+        ({"file_bytes": 0}, "file_bytes=0 must be above 0"),
+        (
+            {"latency": [{"batch": 1, "length": 8, "ms": 0, "engine": "cpu", "hardware": "x", "command": "y"}]},
+            r"latency\[0\]\.ms=0 must be above 0",
+        ),
         ({"auto_class": "Auto Model"}, "auto_class='Auto Model' must be the name of a class"),
     ],
 )

@@ -12,8 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from hf_sparse import FormatError
+from hf_sparse import FormatError, SparseDistillConfig, SparseDistillTrainer
+from hf_sparse.hub.card import render_card
+from hf_sparse.hub.facts import FACTS_FILE, CardFacts
 from hf_sparse.hub.push import PushError, push_folder
+from tests.hub.conftest import pruned_bert
 from tests.hub.loopback_hub import READ_TOKEN, WRITE_TOKEN, LoopbackHub
 
 REPO = "tester/pruned"
@@ -21,10 +24,9 @@ REPO = "tester/pruned"
 LOAD = """
 import sys, json, torch, hf_sparse
 from transformers import AutoModelForSequenceClassification
-for revision in sys.argv[2:]:
-    model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1], revision=revision)
-    layer = model.bert.encoder.layer[0].output.dense
-    print(json.dumps([type(layer).__name__, model(torch.arange(6).reshape(2, 3)).logits.tolist()]))
+model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
+layer = model.bert.encoder.layer[0].output.dense
+print(json.dumps([type(layer).__name__, model(torch.arange(6).reshape(2, 3)).logits.tolist()]))
 """
 
 
@@ -37,13 +39,10 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def load_in_fresh_process(hub: LoopbackHub, home: Path, *revisions: str) -> list:
-    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": READ_TOKEN,
-           "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}  # fmt: skip
-    env.pop("HF_HUB_OFFLINE", None)
-    done = subprocess.run([sys.executable, "-c", LOAD, REPO, *revisions], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+def logits(source: object, **kwargs: object) -> torch.Tensor:
+    with torch.no_grad():
+        model = AutoModelForSequenceClassification.from_pretrained(source, **kwargs)
+        return model(torch.arange(6).reshape(2, 3)).logits
 
 
 def test_push_uploads_everything_but_training_state_and_loads_by_repo_id(
@@ -56,10 +55,33 @@ def test_push_uploads_everything_but_training_state_and_loads_by_repo_id(
     assert all(hashlib.sha256(data).hexdigest() == before[path] for path, data in files.items())
     assert hub.repos[REPO].branches["main"][-1].message == "first"
     assert digests(model_folder) == before
-    [(name, logits)] = load_in_fresh_process(hub, tmp_path / "home", "main")
-    expected = AutoModelForSequenceClassification.from_pretrained(model_folder)(torch.arange(6).reshape(2, 3)).logits
+    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": READ_TOKEN}
+    env.pop("HF_HUB_OFFLINE", None)
+    done = subprocess.run([sys.executable, "-c", LOAD, REPO], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    name, loaded = json.loads(done.stdout)
     assert name == "BlockSparseLinear"
-    assert torch.equal(torch.tensor(logits), expected.detach())
+    assert torch.equal(torch.tensor(loaded), logits(model_folder))
+    assert hub.unhandled == []
+
+
+def test_the_trainer_pushes_model_card_and_facts(hub: LoopbackHub, tmp_path: Path) -> None:
+    model, _ = pruned_bert(seed=0)
+    rows = [{"input_ids": [1, 2, 3, i % 40], "labels": i % 3} for i in range(16)]
+    config = SparseDistillConfig(
+        output_dir=str(tmp_path / "out"), use_cpu=True, max_steps=4, save_steps=2, sparsity=0.5, kd_weight=0.0,
+        push_to_hub=True, hub_model_id=REPO, hub_token=WRITE_TOKEN, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = SparseDistillTrainer(model, config, train_dataset=rows)
+    trainer.train()
+    trainer.push_to_hub(license="mit")
+    files = hub.repos[REPO].files
+    assert {"config.json", "model.safetensors", "README.md", FACTS_FILE} <= set(files)
+    facts = CardFacts.from_dict(json.loads(files[FACTS_FILE]))
+    assert files["README.md"].decode() == render_card(facts)
+    assert (facts.repo_id, facts.license, facts.sparsity_reached) == (REPO, "mit", 0.5)
+    assert facts.file_bytes == len(files["model.safetensors"])
+    assert WRITE_TOKEN not in files["README.md"].decode() + files[FACTS_FILE].decode()
     assert hub.unhandled == []
 
 
@@ -103,7 +125,7 @@ def test_older_revision_stays_loadable_and_stale_weights_go(
 ) -> None:
     push(hub, model_folder)
     first = hub.repos[REPO].branches["main"][-1].oid
-    expected = AutoModelForSequenceClassification.from_pretrained(model_folder)(torch.arange(6).reshape(2, 3)).logits
+    expected = logits(model_folder)
     model = AutoModelForSequenceClassification.from_pretrained(model_folder)
     with torch.no_grad():
         model.classifier.bias.add_(1.0)
@@ -113,9 +135,9 @@ def test_older_revision_stays_loadable_and_stale_weights_go(
     names = [path for path in hub.repos[REPO].files if path.endswith(".safetensors")]
     assert len(names) > 1
     assert "model.safetensors" not in names
-    [(_, older), (_, newest)] = load_in_fresh_process(hub, tmp_path / "home", first, "main")
-    assert torch.equal(torch.tensor(older), expected.detach())
-    torch.testing.assert_close(torch.tensor(newest), expected.detach() + 1.0)
+    remote = {"cache_dir": tmp_path / "cache", "token": READ_TOKEN}
+    assert torch.equal(logits(REPO, revision=first, **remote), expected)
+    torch.testing.assert_close(logits(REPO, **remote), expected + 1.0)
 
 
 def test_push_through_lfs(hub: LoopbackHub, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

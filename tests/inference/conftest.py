@@ -1,4 +1,4 @@
-"""Tests of the right wing compare bit for bit where they can: they run on the dense backend unless they say otherwise."""
+"""The tests of the right wing run on the dense backend unless they say otherwise: it rounds as dense models do."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 def test_resumed_run_equals_straight_through(straight: Any, tmp_path: Path, stop: int) -> None:
     folder, weights, masks = straight
     torch.manual_seed(999 + stop)
-    trainer = trainer_in(tmp_path)
+    trainer = trainer_in(tmp_path, save_strategy="no")
     trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{stop}"))
     assert_same(weights, weights_of(trainer.model))
     assert_same(masks, trainer.pruner.masks.state_dict())
@@ -104,6 +104,8 @@ def test_resuming_with_the_pruned_model_as_its_own_teacher_is_refused(straight: 
         ({"block_overrides": '{".*query": [2, 2]}'}, r"query was pruned in blocks of \[4, 1\], .* \[2, 2\]"),
         ({"exclude_modules": ".*query"}, r"query is not a target layer of this run: target_modules or exclude_modules"),
         ({"target_modules": r".*(encoder.*dense|query|key|value|pooler\.dense)"}, r"pooler\.dense is not a target layer of the checkpoint"),
+        # Pruned blocks never come back, so a lower target could not be met; known before hours of training.
+        ({"sparsity": 0.3}, r"sparsity was 0\.6, in this run it is 0\.3"),
         ({"sparsity_scope": "global"}, r"sparsity_scope was 'layer', this run asks for 'global'"),
     ],
 )  # fmt: skip
@@ -162,9 +164,3 @@ def test_a_state_with_a_part_missing_is_refused(straight: Any, tmp_path: Path, m
     save_file(load_file(folder / STATE_FILE), folder / STATE_FILE, metadata={"hf_sparse_state": json.dumps(state)})
     with pytest.raises(FormatError, match=missing):
         load_state(folder, trainer_in(tmp_path / "out").pruner.masks, {})
-
-
-def test_a_checkpoint_with_more_sparsity_than_asked_for_is_refused_at_once(straight: Any, tmp_path: Path) -> None:
-    trainer = trainer_in(tmp_path, sparsity=0.3)
-    with pytest.raises((ValueError, RuntimeError), match="sparsity"):
-        trainer.train(resume_from_checkpoint=str(straight[0] / "checkpoint-8"))

@@ -110,18 +110,6 @@ def test_a_run_that_stops_early_raises(tmp_path: Path) -> None:
         trainer.train()
 
 
-def test_a_run_whose_data_ends_early_raises(tmp_path: Path) -> None:
-    class Short(torch.utils.data.IterableDataset):
-        def __iter__(self) -> Any:
-            if not hasattr(self, "read"):
-                self.read = True
-                yield from rows("classes", 16)
-
-    trainer = make_trainer(bert(), tmp_path, Short(), sparsity=0.5, max_steps=8)
-    with pytest.raises(RuntimeError, match="ended off target"):
-        trainer.train()
-
-
 def test_early_stopping_after_the_target_does_not_raise(tmp_path: Path) -> None:
     data = rows("classes", 16)
     trainer = make_trainer(

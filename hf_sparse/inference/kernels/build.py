@@ -28,7 +28,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     AVX512 = ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"]
     INSTRUCTION_SETS["avx2"] = (8, ["-mavx2", "-mfma"])
     INSTRUCTION_SETS["avx512"] = (16, AVX512)
-    INSTRUCTION_SETS["avx512bf16"] = (16, [*AVX512, "-mavx512bf16"])
+    INSTRUCTION_SETS["avx512bf16"] = (16, [*AVX512, "-mavx512bf16", "-DHFS_PAIRS"])
 
 COMMON_FLAGS = [
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-Wall", "-Wextra"),
@@ -38,6 +38,8 @@ COMMON_FLAGS = [
     # Vectors wider than the machine's registers never cross a function boundary of the interface.
     "-Wno-psabi",
 ]
+# The kernels are vectors already: looking for more in them only takes time.
+KERNEL_FLAGS = ["-fno-tree-vectorize", "-fno-tree-slp-vectorize"]
 
 
 class BuildError(RuntimeError):
@@ -52,12 +54,11 @@ def find_compiler() -> str | None:
     return None
 
 
-def build(output: Path, extra_flags: list[str] | None = None) -> list[str]:
+def build(output: Path) -> list[str]:
     """Compile and link the kernels.
 
     Args:
         output: path of the library to write; replaced whole or not at all.
-        extra_flags: passed to every compilation and to the link, for sanitizers.
 
     Returns:
         The instruction sets in the library. One that the compiler does not know is left out, "portable" never.
@@ -65,37 +66,66 @@ def build(output: Path, extra_flags: list[str] | None = None) -> list[str]:
     Raises:
         BuildError: if there is no compiler, or the portable kernels do not compile or link.
     """
+    library = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        built = _compile(library, INSTRUCTION_SETS, COMMON_FLAGS, ["-shared"], [SOURCES / "dispatch.cpp"])
+        os.replace(library, output)
+    finally:
+        library.unlink(missing_ok=True)
+    return built
+
+
+def build_test(output: Path) -> list[str]:
+    """Compile the native tests with AddressSanitizer and UBSan, every instruction set emulated on the one at hand.
+
+    Args:
+        output: path of the program to write.
+
+    Returns:
+        The instruction sets in the program.
+
+    Raises:
+        BuildError: if there is no compiler, or something does not compile or link.
+    """
+    # Vectors of 16 floats are legal C++ on any machine: what is emulated is their width, not their meaning.
+    emulated = {
+        isa: (lanes, [flag for flag in flags if not flag.startswith("-m")])
+        for isa, (lanes, flags) in INSTRUCTION_SETS.items()
+    }
+    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
+    flags = [*(flag for flag in COMMON_FLAGS if not flag.startswith(("-fno-exceptions", "-fno-rtti"))), *sanitize]
+    sources = [SOURCES / "dispatch.cpp", SOURCES / "tests" / "kernels_test.cpp"]
+    return _compile(output, emulated, [*flags, "-DHFS_EMULATED"], ["-pthread"], sources)
+
+
+def _compile(
+    output: Path, sets: dict[str, tuple[int, list[str]]], flags: list[str], link_flags: list[str], sources: list[Path]
+) -> list[str]:
     compiler = find_compiler()
     if compiler is None:
         raise BuildError("no C++ compiler: none of $CXX, g++, clang++, c++ was found.")
-    flags = [*COMMON_FLAGS, *(extra_flags or [])]
     with tempfile.TemporaryDirectory() as folder:
-        objects = {isa: Path(folder, f"{isa}.o") for isa in INSTRUCTION_SETS}
+        objects = {isa: Path(folder, f"{isa}.o") for isa in sets}
 
         def compile_kernel(isa: str) -> BuildError | None:
-            lanes, isa_flags = INSTRUCTION_SETS[isa]
+            lanes, isa_flags = sets[isa]
             defines = [f"-DHFS_ISA={isa}", f"-DHFS_LANES={lanes}"]
+            command = [compiler, *flags, *KERNEL_FLAGS, *isa_flags, *defines, "-c", SOURCES / "kernel.cpp"]
             try:
-                _run([compiler, *flags, *isa_flags, *defines, "-c", SOURCES / "kernel.cpp", "-o", objects[isa]])
+                _run([*command, "-o", objects[isa]])
             except BuildError as error:
                 return error
             return None
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            errors = dict(zip(INSTRUCTION_SETS, pool.map(compile_kernel, INSTRUCTION_SETS), strict=True))
+            errors = dict(zip(sets, pool.map(compile_kernel, sets), strict=True))
         if (error := errors["portable"]) is not None:
             raise error
         built = [isa for isa, error in errors.items() if error is None]
-        for isa in sorted(set(INSTRUCTION_SETS) - set(built)):
+        for isa in sorted(set(sets) - set(built)):
             logger.warning("%s cannot compile the %s kernels; they are left out: %s", compiler, isa, errors[isa])
         defines = [f"-DHFS_WITH_{isa.upper()}" for isa in built]
-        library = output.with_name(f".{output.name}.{os.getpid()}")
-        dispatch = SOURCES / "dispatch.cpp"
-        try:
-            _run([compiler, *flags, *defines, "-shared", dispatch, *(objects[isa] for isa in built), "-o", library])
-            os.replace(library, output)
-        finally:
-            library.unlink(missing_ok=True)
+        _run([compiler, *flags, *defines, *link_flags, *sources, *(objects[isa] for isa in built), "-o", output])
     return built
 
 
@@ -106,9 +136,21 @@ def _run(command: list[str | Path]) -> None:
         raise BuildError(f"{' '.join(words)}\n{done.stderr.strip()}")
 
 
-if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+def main(words: list[str]) -> int:
+    """Build the library in place, or with "test" build the native tests and run them; give the exit code."""
     try:
+        if words == ["test"]:
+            with tempfile.TemporaryDirectory() as folder:
+                program = Path(folder, "kernels_test")
+                logger.info("testing the kernels for %s", ", ".join(build_test(program)))
+                return subprocess.run([program], check=False).returncode
         logger.info("built %s for %s", LIBRARY, ", ".join(build(Path(__file__).parent / LIBRARY)))
     except BuildError as failure:
-        sys.exit(str(failure))
+        logger.error("%s", failure)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    sys.exit(main(sys.argv[1:]))

@@ -1,10 +1,6 @@
-"""The cpu backend: native kernels for weights in bands of columns, float32 and bfloat16.
+"""The cpu backend: native kernels for weights in bands of columns, float32 and bfloat16, without gradients.
 
-A block of h rows x w columns is w adjacent columns of a band of h rows, so every block shape is one layout: for each
-band the input columns it keeps, and for each of those h weights. Blocks h x 1 are stored in that layout already.
-
-Shape letters: M tokens; O, I out and in features; h, w block height and width; R bands; N kept blocks; K kept columns
-of all bands, N * w.
+Shape letters: M tokens; O, I out and in features; the rest as in `bands`.
 """
 
 from __future__ import annotations
@@ -18,19 +14,18 @@ from torch import Tensor
 
 from hf_sparse.core.packing import FormatError
 from hf_sparse.inference.kernels import library
+from hf_sparse.inference.kernels.bands import MAX_INDEX, Bands, to_bands
 from hf_sparse.inference.kernels.registry import BlockIndex, LayerSpec, register
 
-MAX_INDEX = 2**31 - 1
+PAIRS_ISA = "avx512bf16"
 
 
 @dataclass(frozen=True, eq=False)
-class BandWeight:
-    """A weight in the layout of the kernels, checked.
+class CpuWeight:
+    """A weight in the layout of the kernels, checked: nothing else may reach them.
 
     Attributes:
-        values: [K, h] float32, contiguous.
-        band_start: [R + 1] int32; band r keeps the columns band_start[r] to band_start[r + 1].
-        column: [K] int32, in [0, I).
+        bands: the tensors, kept alive here.
         in_features: I.
         out_features: O.
         dtype: of the activations and the bias.
@@ -40,9 +35,7 @@ class BandWeight:
         linear: `hfs_linear` of the library.
     """
 
-    values: Tensor
-    band_start: Tensor
-    column: Tensor
+    bands: Bands
     in_features: int
     out_features: int
     dtype: torch.dtype
@@ -92,34 +85,18 @@ class CpuBackend:
         """Where it is measured to be at least as fast as dense for any number of tokens."""
         return spec.density <= (0.5 if spec.layer.block_shape[0] >= 4 else 0.2)
 
-    def prepare(self, values: Tensor, index: BlockIndex) -> BandWeight:
+    def prepare(self, values: Tensor, index: BlockIndex) -> CpuWeight:
         """Lay the blocks out in bands.
 
         Raises:
             FormatError: if the index does not fit the weight.
+            ValueError: if the library is not live or lacks the instruction set.
         """
         isa = self._isa or library.choose_isa()
-        height, width = index.layer.block_shape
-        bands, in_features = index.layer.grid[0], index.layer.dense_shape[1]
-        # For w = 1 and float32 this shares the values' memory.
-        packed = values.detach().transpose(1, 2).reshape(-1, height).to(torch.float32).contiguous()
-        band_start = torch.zeros(bands + 1, dtype=torch.int64)
-        torch.cumsum(torch.bincount(index.rows, minlength=bands) * width, 0, out=band_start[1:])
-        column = (index.cols[:, None] * width + torch.arange(width)).reshape(-1)
-        for name, tensor in (("columns", column), ("band starts", band_start)):
-            if tensor.numel() and not 0 <= int(tensor.min()) <= int(tensor.max()) <= MAX_INDEX:
-                raise FormatError(f"the {name} of a weight {index.layer.dense_shape} do not fit 32-bit indices.")
-        return make_weight(
-            packed,
-            band_start.int(),
-            column.int(),
-            in_features=in_features,
-            dtype=values.dtype,
-            isa=isa,
-            form=self._form,
-        )
+        bands = to_bands(values, index, pairs=values.dtype == torch.bfloat16 and isa == PAIRS_ISA)
+        return check_bands(bands, in_features=index.layer.dense_shape[1], dtype=values.dtype, isa=isa, form=self._form)
 
-    def run(self, x: Tensor, state: BandWeight, bias: Tensor | None, activation: str | None) -> Tensor:
+    def run(self, x: Tensor, state: CpuWeight, bias: Tensor | None, activation: str | None) -> Tensor:
         """Compute [M, O] from x [M, I].
 
         Raises:
@@ -128,24 +105,21 @@ class CpuBackend:
         """
         # Tracers must see one op; without one, calling the library directly saves the dispatcher's time.
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) not in (Tensor, torch.nn.Parameter):
+            bands = state.bands
             return torch.ops.hf_sparse.cpu_linear(
-                x, state.values, state.band_start, state.column, bias, activation, state.isa
+                x, bands.values, bands.band_start, bands.column, bias, activation, state.isa
             )
         return _call(x, state, bias, activation)
 
 
-def make_weight(
-    values: Tensor, band_start: Tensor, column: Tensor, *, in_features: int, dtype: torch.dtype, isa: str, form: str
-) -> BandWeight:
-    """Check a weight in the layout of the kernels; nothing else may reach them.
+def check_bands(bands: Bands, *, in_features: int, dtype: torch.dtype, isa: str, form: str = "auto") -> CpuWeight:
+    """Check a weight in bands and make it known to C.
 
     Args:
-        values: [K, h] float32.
-        band_start: [R + 1] int32.
-        column: [K] int32.
+        bands: the weight.
         in_features: I.
         dtype: of the activations.
-        isa: instruction set.
+        isa: instruction set, one of `library.ISAS`.
         form: "auto", "rows" or "lanes".
 
     Raises:
@@ -155,40 +129,48 @@ def make_weight(
     handle = library.load_library().handle
     if handle is None:
         raise ValueError(f"the cpu backend cannot be used: {library.load_library().reason}")
-    for name, tensor, kind, ndim in (
-        ("values", values, torch.float32, 2),
-        ("band_start", band_start, torch.int32, 1),
-        ("column", column, torch.int32, 1),
+    pairs = bands.values.ndim == 3
+    for name, tensor, kind, dims in (
+        ("values", bands.values, torch.bfloat16 if pairs else torch.float32, (2, 3)),
+        ("band_start", bands.band_start, torch.int32, (1,)),
+        ("column", bands.column, torch.int32, (1, 2) if pairs else (1,)),
     ):
-        if tensor.dtype != kind or tensor.ndim != ndim or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        if tensor.dtype != kind or tensor.ndim not in dims or not tensor.is_cpu or not tensor.is_contiguous():
             raise FormatError(
-                f"{name} must be a contiguous {kind} CPU tensor of {ndim} dimensions, found {tensor.dtype} on "
-                f"{tensor.device} of shape {list(tensor.shape)}."
+                f"{name} must be a contiguous {kind} CPU tensor of {' or '.join(map(str, dims))} dimensions, found "
+                f"{tensor.dtype} of shape {list(tensor.shape)} on {tensor.device}."
             )
-    bands, height = band_start.shape[0] - 1, values.shape[1]
-    if bands < 0 or column.shape[0] != values.shape[0]:
-        raise FormatError(f"{list(column.shape)} columns do not fit values {list(values.shape)} in {bands} bands.")
+    steps, height = bands.values.shape[:2]
+    rows = (bands.band_start.shape[0] - 1) * height
+    if (
+        rows < 0
+        or tuple(bands.column.shape) not in ((steps,), (steps, 2))
+        or tuple(bands.values.shape[2:]) not in ((), (2,))
+    ):
+        raise FormatError(
+            f"values {list(bands.values.shape)}, band_start {list(bands.band_start.shape)} and column "
+            f"{list(bands.column.shape)} do not belong together."
+        )
     struct = library.Weight(
-        out_features=bands * height,
+        out_features=rows,
         in_features=in_features,
         height=height,
-        kept_columns=column.shape[0],
-        band_start=band_start.data_ptr(),
-        column=column.data_ptr(),
-        values=values.data_ptr(),
+        steps=steps,
+        band_start=bands.band_start.data_ptr(),
+        column=bands.column.data_ptr(),
+        values=bands.values.data_ptr(),
+        kind=library.KINDS[bands.kind],
         dtype=library.DTYPES[dtype],
         isa=library.ISAS.index(isa),
         form=library.FORMS[form],
     )
     address = ctypes.addressof(struct)
     if code := handle.hfs_check(address):
-        raise FormatError(f"a weight of {bands * height} x {in_features} in {bands} bands: {library.STATUS[code]}.")
-    return BandWeight(
-        values, band_start, column, in_features, bands * height, dtype, isa, struct, address, handle.hfs_linear
-    )
+        raise FormatError(f"a weight of {rows} x {in_features} in bands of {height} rows: {library.STATUS[code]}.")
+    return CpuWeight(bands, in_features, rows, dtype, isa, struct, address, handle.hfs_linear)
 
 
-def _call(x: Tensor, weight: BandWeight, bias: Tensor | None, activation: str | None) -> Tensor:
+def _call(x: Tensor, weight: CpuWeight, bias: Tensor | None, activation: str | None) -> Tensor:
     # Every microsecond here shows for one token: checks are spelled out, and nothing is computed twice.
     if not x.is_cpu or x.dtype is not weight.dtype:
         raise TypeError(f"x is {x.dtype} on {x.device}, but the layer was prepared for {weight.dtype} on the CPU.")
@@ -220,7 +202,7 @@ def _call(x: Tensor, weight: BandWeight, bias: Tensor | None, activation: str | 
     return y
 
 
-def _checked_bias(bias: Tensor, weight: BandWeight) -> Tensor:
+def _checked_bias(bias: Tensor, weight: CpuWeight) -> Tensor:
     if not bias.is_cpu or bias.dtype is not weight.dtype or bias.shape != (weight.out_features,):
         raise ValueError(
             f"bias must be {weight.dtype} of shape [{weight.out_features}] on the CPU, found {bias.dtype} of shape "
@@ -245,7 +227,8 @@ def _cpu_linear(
     activation: str | None,
     isa: str,
 ) -> Tensor:
-    weight = make_weight(values, band_start, column, in_features=x.shape[1], dtype=x.dtype, isa=isa, form="auto")
+    bands = Bands(values, band_start, column)
+    weight = check_bands(bands, in_features=x.shape[1], dtype=x.dtype, isa=isa)
     return _call(x, weight, bias, activation)
 
 

@@ -21,6 +21,7 @@ ABI = 1
 ISAS = ("portable", "avx2", "avx512", "avx512bf16")
 ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "relu": 4}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+KINDS = {"single": 0, "neighbours": 1, "couples": 2}
 FORMS = {"auto": 0, "rows": 1, "lanes": 2}
 STATUS = {
     1: "an argument is out of range",
@@ -37,14 +38,14 @@ class Weight(ctypes.Structure):
         ("out_features", ctypes.c_int64),
         ("in_features", ctypes.c_int64),
         ("height", ctypes.c_int64),
-        ("kept_columns", ctypes.c_int64),
+        ("steps", ctypes.c_int64),
         ("band_start", ctypes.c_void_p),
         ("column", ctypes.c_void_p),
         ("values", ctypes.c_void_p),
+        ("kind", ctypes.c_int32),
         ("dtype", ctypes.c_int32),
         ("isa", ctypes.c_int32),
         ("form", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
     ]
 
 

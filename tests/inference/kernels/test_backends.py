@@ -92,7 +92,14 @@ def test_any_leading_dimensions_and_strides(name: str) -> None:
     weight, values, index, bias = case((8, 1), 0.3)
     base = x_for(weight, 5, 2, 3)
     wide = torch.randn(4, 96)
-    for x in (base[0, 0, 0], base, base.transpose(0, 2), wide[:, ::2], torch.randn(48, 6).t(), x_for(weight, 1).expand(7, 48)):
+    for x in (
+        base[0, 0, 0],
+        base,
+        base.transpose(0, 2),
+        wide[:, ::2],
+        torch.randn(48, 6).t(),
+        x_for(weight, 1).expand(7, 48),
+    ):
         expected = torch.nn.functional.linear(x, weight, bias)
         torch.testing.assert_close(
             block_sparse_linear(x, values, index, bias, backend=name), expected, **TOLERANCE[torch.float32]

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hf_sparse.core.packing import FormatError, LayerFormat
 from hf_sparse.inference.kernels import block_sparse_linear, library
-from hf_sparse.inference.kernels.cpu import BandWeight, CpuBackend, make_weight, status
+from hf_sparse.inference.kernels.bands import Bands
+from hf_sparse.inference.kernels.cpu import CpuBackend, CpuWeight, check_bands, status
 from hf_sparse.inference.kernels.reference import activate, to_dense
 from hf_sparse.inference.kernels.registry import BlockIndex, LayerSpec, get_backend
 from tests.inference.kernels.conftest import random_layer
@@ -114,7 +115,7 @@ def test_rounding_to_bfloat16_and_back_is_torchs(isa: str, form: str, dtype: tor
         assert torch.equal(summed, (halves[0].float() + halves[1].float()).to(torch.bfloat16))
 
 
-def _two_eyes(backend: CpuBackend) -> BandWeight:
+def _two_eyes(backend: CpuBackend) -> CpuWeight:
     layer = LayerFormat(block_shape=(8, 8), kept=2, dense_shape=(8, 16))
     index = BlockIndex(layer=layer, rows=torch.zeros(2, dtype=torch.int64), cols=torch.arange(2))
     return backend.prepare(torch.eye(8, dtype=torch.bfloat16).expand(2, 8, 8), index)
@@ -185,7 +186,7 @@ def test_python_threads_do_not_disturb_one_another() -> None:
 
 def test_blocks_of_width_one_are_not_copied() -> None:
     values, index = random_layer((32, 16), (8, 1), 0.5, seed=4, dtype=torch.float32)
-    assert CpuBackend().prepare(values, index).values.data_ptr() == values.data_ptr()
+    assert CpuBackend().prepare(values, index).bands.values.data_ptr() == values.data_ptr()
 
 
 def test_the_public_op_takes_the_backend() -> None:
@@ -258,8 +259,8 @@ def _raw(bands: int = 3, height: int = 4, columns: int = 10) -> dict[str, Tensor
     return {"values": torch.randn(columns, height), "band_start": start, "column": column}
 
 
-def _make(raw: dict[str, Tensor], in_features: int = 20) -> BandWeight:
-    return make_weight(**raw, in_features=in_features, dtype=torch.float32, isa=ISAS[-1], form="auto")
+def _make(raw: dict[str, Tensor], in_features: int = 20) -> CpuWeight:
+    return check_bands(Bands(**raw), in_features=in_features, dtype=torch.float32, isa=ISAS[-1])
 
 
 @pytest.mark.parametrize(
@@ -315,8 +316,14 @@ def test_tensors_of_another_kind_are_refused() -> None:
     ):
         with pytest.raises(FormatError, match=f"{name} must be a contiguous"):
             _make({**_raw(), name: wrong})
-    with pytest.raises(FormatError, match=r"\[9\] columns do not fit values \[10, 4\] in 3 bands"):
-        _make({**_raw(), "column": torch.zeros(9, dtype=torch.int32)})
+    for name, wrong in (
+        ("column", torch.zeros(9, dtype=torch.int32)),
+        ("band_start", torch.zeros(0, dtype=torch.int32)),
+        ("values", torch.zeros(10, 4, 3, dtype=torch.bfloat16)),
+        ("values", torch.zeros(5, 4, 2, dtype=torch.bfloat16)),
+    ):
+        with pytest.raises(FormatError, match=r"values \[.*\], band_start \[.*\] and column \[.*\] do not belong"):
+            _make({**_raw(), name: wrong})
     with pytest.raises(FormatError, match="an argument is out of range"):
         _make({**_raw(), "values": torch.zeros(10, 0)})
     with pytest.raises(FormatError, match="out of range"):

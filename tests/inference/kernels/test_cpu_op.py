@@ -39,7 +39,8 @@ def test_opcheck(dtype: torch.dtype, bias: bool) -> None:
     layer = Layer(dtype)
     state = layer.state
     x = torch.randn(3, 20).to(dtype)
-    args = (x, state.values, state.band_start, state.column, layer.bias if bias else None, "relu", state.isa)
+    bands = state.bands
+    args = (x, bands.values, bands.band_start, bands.column, layer.bias if bias else None, "relu", state.isa)
     torch.library.opcheck(torch.ops.hf_sparse.cpu_linear.default, args)
 
 
@@ -77,9 +78,9 @@ def test_tracing_records_the_op() -> None:
 
 def test_the_op_checks_its_index() -> None:
     state = Layer().state
-    column = state.column.clone()
+    bands, column = state.bands, state.bands.column.clone()
     column[3] = 20
     with pytest.raises(FormatError, match="the index points outside the weight"):
         torch.ops.hf_sparse.cpu_linear(
-            torch.randn(2, 20), state.values, state.band_start, column, None, None, state.isa
+            torch.randn(2, 20), bands.values, bands.band_start, column, None, None, state.isa
         )

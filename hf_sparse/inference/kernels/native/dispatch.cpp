@@ -9,8 +9,9 @@ namespace {
 
 typedef int (*linear_fn)(const hfs_weight&, const hfs_call&);
 
-// build.py defines HFS_WITH_* for every instruction set that the compiler could compile.
-const linear_fn LINEAR[HFS_ISA_COUNT] = {
+// build.py defines HFS_WITH_* for every instruction set that the compiler could compile. Float32 weights on a CPU that
+// also multiplies bfloat16 are computed by the kernels of the set below.
+const linear_fn SINGLE[HFS_ISA_COUNT] = {
     hfs_linear_portable,
 #if defined(HFS_WITH_AVX2)
     hfs_linear_avx2,
@@ -22,7 +23,17 @@ const linear_fn LINEAR[HFS_ISA_COUNT] = {
 #else
     nullptr,
 #endif
-#if defined(HFS_WITH_AVX512BF16)
+#if defined(HFS_WITH_AVX512) && defined(HFS_WITH_AVX512BF16)
+    hfs_linear_avx512,
+#else
+    nullptr,
+#endif
+};
+const linear_fn PAIRS[HFS_ISA_COUNT] = {
+    nullptr,
+    nullptr,
+    nullptr,
+#if defined(HFS_WITH_AVX512) && defined(HFS_WITH_AVX512BF16)
     hfs_linear_avx512bf16,
 #else
     nullptr,
@@ -30,7 +41,9 @@ const linear_fn LINEAR[HFS_ISA_COUNT] = {
 };
 
 bool cpu_has(int isa) {
-#if defined(__x86_64__)
+#if defined(HFS_EMULATED)
+    return isa >= 0;  // every set was compiled for the machine at hand
+#elif defined(__x86_64__)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
@@ -77,26 +90,29 @@ extern "C" {
 
 int hfs_abi(void) { return HFS_ABI; }
 
-int hfs_isa_available(int isa) { return isa >= 0 && isa < HFS_ISA_COUNT && LINEAR[isa] && cpu_has(isa); }
+int hfs_isa_available(int isa) { return isa >= 0 && isa < HFS_ISA_COUNT && SINGLE[isa] && cpu_has(isa); }
 
 void hfs_set_parallel(hfs_parallel_fn gomp_parallel) { parallel = gomp_parallel; }
 
 int hfs_check(const hfs_weight* w) {
     const int64_t most = INT32_MAX;
+    const bool pairs = w->kind != HFS_SINGLE;
     if (w->out_features < 0 || w->out_features > most || w->in_features < 0 || w->in_features > most ||
-        w->height < 1 || w->out_features % w->height || w->kept_columns < 0 || w->kept_columns > most ||
-        w->form < HFS_AUTO || w->form > HFS_LANES_FORM || (w->dtype != HFS_FLOAT32 && w->dtype != HFS_BFLOAT16) ||
-        !w->band_start || (w->kept_columns && (!w->column || !w->values))) {
+        w->height < 1 || w->out_features % w->height || w->steps < 0 || w->steps > most || w->form < HFS_AUTO ||
+        w->form > HFS_LANES_FORM || (w->dtype != HFS_FLOAT32 && w->dtype != HFS_BFLOAT16) || w->kind < HFS_SINGLE ||
+        w->kind > HFS_COUPLES || (pairs && w->dtype != HFS_BFLOAT16) ||
+        (w->kind == HFS_NEIGHBOURS && w->in_features % 2) || !w->band_start || (w->steps && (!w->column || !w->values))) {
         return HFS_BAD_ARGUMENT;
     }
-    if (!hfs_isa_available(w->isa)) return HFS_NO_ISA;
+    if (!hfs_isa_available(w->isa) || (pairs && !PAIRS[w->isa])) return HFS_NO_ISA;
     const int64_t bands = w->out_features / w->height;
-    if (w->band_start[0] != 0 || w->band_start[bands] != w->kept_columns) return HFS_BAD_INDEX;
+    if (w->band_start[0] != 0 || w->band_start[bands] != w->steps) return HFS_BAD_INDEX;
     bool ok = true;
     for (int64_t b = 0; b < bands; b++) ok &= w->band_start[b] <= w->band_start[b + 1];
     // One unsigned comparison refuses negative columns too.
-    const uint32_t features = (uint32_t)w->in_features;
-    for (int64_t j = 0; j < w->kept_columns; j++) ok &= (uint32_t)w->column[j] < features;
+    const uint32_t limit = (uint32_t)(w->kind == HFS_NEIGHBOURS ? w->in_features / 2 : w->in_features);
+    const int64_t columns = w->kind == HFS_COUPLES ? 2 * w->steps : w->steps;
+    for (int64_t j = 0; j < columns; j++) ok &= (uint32_t)w->column[j] < limit;
     return ok ? HFS_OK : HFS_BAD_INDEX;
 }
 
@@ -107,7 +123,7 @@ int hfs_linear(const hfs_weight* weight, const void* bias, const void* x, int64_
         return HFS_BAD_ARGUMENT;
     }
     const hfs_call call = {bias, x, x_stride, y, tokens, activation, threads};
-    return LINEAR[weight->isa](*weight, call);
+    return (weight->kind == HFS_SINGLE ? SINGLE : PAIRS)[weight->isa](*weight, call);
 }
 
 }  // extern "C"

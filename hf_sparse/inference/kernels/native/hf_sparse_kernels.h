@@ -22,20 +22,27 @@ enum hfs_dtype { HFS_FLOAT32 = 0, HFS_BFLOAT16 = 1 };
 enum hfs_form { HFS_AUTO = 0, HFS_ROWS = 1, HFS_LANES_FORM = 2 };
 enum hfs_status { HFS_OK = 0, HFS_BAD_ARGUMENT = 1, HFS_BAD_INDEX = 2, HFS_NO_ISA = 3, HFS_NO_MEMORY = 4 };
 
-// A weight [out_features, in_features] cut into bands of `height` output rows. Band b keeps the input columns
-// column[band_start[b] .. band_start[b + 1]); values holds, for each of them, `height` weights one after the other.
+// How a weight is stored.
+// SINGLE: float32; a step is one column.
+// NEIGHBOURS: pairs of bfloat16; a step is the columns 2 c and 2 c + 1, stored as c. in_features must be even.
+// COUPLES: pairs of bfloat16; a step is any two columns, stored as both. A column may appear with a weight of zero.
+// The last two need bfloat16 activations and an instruction set that multiplies them.
+enum hfs_kind { HFS_SINGLE = 0, HFS_NEIGHBOURS = 1, HFS_COUPLES = 2 };
+
+// A weight [out_features, in_features] cut into bands of `height` output rows. Band b takes the steps
+// band_start[b] .. band_start[b + 1]; values holds, for each step, `height` words of four bytes, one per row.
 struct hfs_weight {
     int64_t out_features;
     int64_t in_features;
     int64_t height;
-    int64_t kept_columns;       // length of column
+    int64_t steps;
     const int32_t* band_start;  // [out_features / height + 1]
-    const int32_t* column;      // [kept_columns]
-    const float* values;        // [kept_columns, height]
+    const int32_t* column;      // [steps], or [steps, 2] for COUPLES
+    const void* values;         // [steps, height]
+    int32_t kind;               // hfs_kind
     int32_t dtype;              // hfs_dtype of x, y and bias
     int32_t isa;                // hfs_isa
     int32_t form;               // hfs_form
-    int32_t reserved;           // 0
 };
 
 HFS_EXPORT int hfs_abi(void);

@@ -1,4 +1,5 @@
-// The kernels for one instruction set. Compiled once per set, with its flags, HFS_ISA and HFS_LANES.
+// The kernels for one instruction set. Compiled once per set, with its flags, HFS_ISA and HFS_LANES. A set that
+// multiplies pairs of bfloat16 is compiled with HFS_PAIRS, and then holds the kernels for those alone.
 #include "kernel.h"
 
 #include "linear.h"
@@ -7,6 +8,10 @@
 #define HFS_JOIN(a, b) HFS_JOIN2(a, b)
 
 int HFS_JOIN(hfs_linear_, HFS_ISA)(const hfs_weight& weight, const hfs_call& call) {
-    return weight.dtype == HFS_BFLOAT16 ? HFS_ISA::linear<HFS_ISA::bf16>(weight, call)
-                                        : HFS_ISA::linear<float>(weight, call);
+    using namespace HFS_ISA;
+#if defined(HFS_PAIRS)
+    return weight.kind == HFS_NEIGHBOURS ? linear<Neighbours>(weight, call) : linear<Couples>(weight, call);
+#else
+    return weight.dtype == HFS_BFLOAT16 ? linear<Single<bf16>>(weight, call) : linear<Single<float>>(weight, call);
+#endif
 }

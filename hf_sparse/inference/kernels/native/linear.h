@@ -37,91 +37,86 @@ static int max_vectors(int64_t height) {
 }
 
 // One call: the weight in panels, and the tensors with their types.
-template <typename X>
+template <typename Kind>
 struct Linear {
+    typedef typename Kind::X X;
+    typedef typename Kind::Word Word;
     const hfs_weight& weight;
     Panels panels;
     const float* bias;
     const X* x;
     int64_t x_stride;
-    X* y;  // contiguous
     int64_t tokens;
     int activation, threads;
-};
 
-// The part of a weight that one panel covers.
-struct Panel {
-    int64_t row, rows, height, n;
-    const int32_t* column;
-    const float* values;
-
-    Panel(const Panels& panels, int64_t panel) {
-        const hfs_weight& w = panels.weight;
-        const int64_t band = panel / panels.per_band, start = w.band_start[band];
-        row = panels.row(panel);
-        rows = panels.rows(panel);
-        height = w.height;
-        n = w.band_start[band + 1] - start;
-        column = w.column + start;
-        values = w.values + start * height + (row - band * height);
+    Band band(int64_t panel) const {
+        const int64_t b = panel / panels.per_band, start = weight.band_start[b];
+        return {weight.column + start * Kind::COLUMNS, weight.band_start[b + 1] - start, weight.height};
     }
+    const Word* values(int64_t panel) const {
+        const int64_t start = weight.band_start[panel / panels.per_band];
+        return (const Word*)weight.values + start * weight.height + panel % panels.per_band * PANEL_ROWS;
+    }
+    const float* bias_of(int64_t panel) const { return bias ? bias + panels.row(panel) : nullptr; }
 };
 
 // Units [first, last) for one packed group of tokens that begins at token `head`.
-template <int T, int W, typename X>
-static void lanes_group(const Linear<X>& call, int64_t first, int64_t last, const float* packed, int64_t head) {
+template <typename Kind, int T, int W>
+static void lanes_group(const Linear<Kind>& call, typename Kind::X* y, int64_t first, int64_t last,
+                        const typename Kind::Word* packed, int64_t head) {
     const Panels& panels = call.panels;
+    const int64_t y_stride = call.weight.out_features;
     alignas(64) float strip[(STRIP_ROWS + PANEL_ROWS) * T * W];
     for (int64_t unit = first; unit < last; unit++) {
         const int64_t begin = panels.first_of_unit(unit), end = panels.first_of_unit(unit + 1);
         int64_t filled = 0;
         for (int64_t i = begin; i < end; i++) {
-            const Panel p(panels, i);
-            lanes_panel<T, W>(packed, p.column, p.n, p.values, p.height, call.bias ? call.bias + p.row : nullptr,
-                              p.rows, strip + filled * T * W);
-            filled += p.rows;
+            lanes_panel<typename Kind::Core, T, W>(packed, call.band(i), call.values(i), call.bias_of(i),
+                                                   panels.rows(i), strip + filled * T * W);
+            filled += panels.rows(i);
         }
         activate_strip<W>(strip, filled * T * W, call.activation);
-        const int64_t y_stride = panels.weight.out_features;
-        unpack_lanes<W>(strip, filled, T, (int)(call.tokens - head), call.y + head * y_stride + panels.row(begin),
+        unpack_lanes<W>(strip, filled, T, (int)(call.tokens - head), y + head * y_stride + panels.row(begin),
                         y_stride);
     }
 }
-template <int T, int W, typename X>
-HFS_INLINE void lanes_dispatch(int64_t vectors, const Linear<X>& call, int64_t first, int64_t last,
-                               const float* packed, int64_t head) {
+template <typename Kind, int T, int W>
+HFS_INLINE void lanes_dispatch(int64_t vectors, const Linear<Kind>& call, typename Kind::X* y, int64_t first,
+                               int64_t last, const typename Kind::Word* packed, int64_t head) {
     if constexpr (T >= 1) {
         if (vectors == T) {
-            lanes_group<T, W>(call, first, last, packed, head);
+            lanes_group<Kind, T, W>(call, y, first, last, packed, head);
         } else {
-            lanes_dispatch<T - 1, W>(vectors, call, first, last, packed, head);
+            lanes_dispatch<Kind, T - 1, W>(vectors, call, y, first, last, packed, head);
         }
     }
 }
 
-template <int W, typename X>
-static int lanes_linear(const Linear<X>& call) {
+template <int W, typename Kind>
+static int lanes_linear(const Linear<Kind>& call, typename Kind::X* y) {
+    typedef typename Kind::Word Word;
     constexpr int most = W == LANES ? MAX_VECTORS : 1;
-    const int64_t features = call.weight.in_features, units = call.panels.units, threads = call.threads;
+    const int64_t features = call.weight.in_features, packed_features = Kind::packed_features(features);
+    const int64_t units = call.panels.units, threads = call.threads;
     const int64_t tiles = (call.tokens + W - 1) / W;
     const int64_t per_group = W == LANES ? max_vectors(call.weight.height) : 1;
     const int64_t groups = (tiles + per_group - 1) / per_group;
     // Groups differ by one tile at most, so none is left with a lone vector.
     const auto first_tile = [=](int64_t group) { return tiles * group / groups; };
-    const auto pack = [&](int64_t group, int64_t tile, int64_t first, int64_t last, float* packed) {
+    const auto pack = [&](int64_t group, int64_t tile, int64_t first, int64_t last, Word* packed) {
         const int64_t head = first_tile(group), left = call.tokens - tile * W;
-        pack_lanes<W>(call.x + tile * W * call.x_stride, call.x_stride, (int)(left < W ? left : W), first, last,
-                      packed + (tile - head) * W, (first_tile(group + 1) - head) * W);
+        Kind::template pack<W>(call.x + tile * W * call.x_stride, call.x_stride, (int)(left < W ? left : W), first,
+                               last, packed + (tile - head) * W, (first_tile(group + 1) - head) * W);
     };
-    const auto run = [&](int64_t group, int64_t first, int64_t last, const float* packed) {
+    const auto run = [&](int64_t group, int64_t first, int64_t last, const Word* packed) {
         const int64_t head = first_tile(group);
-        lanes_dispatch<most, W>(first_tile(group + 1) - head, call, first, last, packed, head * W);
+        lanes_dispatch<Kind, most, W>(first_tile(group + 1) - head, call, y, first, last, packed, head * W);
     };
 
     if (threads == 1 || groups >= 4 * threads) {
         int failed = 0;
         parallel_for(groups, (int)threads, [&](int64_t group) {
-            float* packed = hfs_scratch(0, (size_t)(per_group * W * features));
+            Word* packed = (Word*)hfs_scratch(0, (size_t)(per_group * W * packed_features));
             if (!packed) {
                 __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
                 return;
@@ -134,7 +129,7 @@ static int lanes_linear(const Linear<X>& call) {
         return failed ? HFS_NO_MEMORY : HFS_OK;
     }
     // Too few groups to go round: pack all tokens together, then share out groups x ranges of rows.
-    float* packed = hfs_scratch(1, (size_t)(tiles * W * features));
+    Word* packed = (Word*)hfs_scratch(1, (size_t)(tiles * W * packed_features));
     if (!packed) return HFS_NO_MEMORY;
     const int64_t slice = 128, slices = (features + slice - 1) / slice;
     parallel_for(tiles * slices, (int)threads, [&](int64_t item) {
@@ -142,15 +137,39 @@ static int lanes_linear(const Linear<X>& call) {
         int64_t group = tile * groups / tiles;
         while (first_tile(group + 1) <= tile) group++;
         pack(group, tile, first, first + slice < features ? first + slice : features,
-             packed + first_tile(group) * W * features);
+             packed + first_tile(group) * W * packed_features);
     });
     int64_t parts = (4 * threads + groups - 1) / groups;
     if (parts > units) parts = units;
     parallel_for(groups * parts, (int)threads, [&](int64_t item) {
         const int64_t group = item / parts, part = item % parts;
-        run(group, units * part / parts, units * (part + 1) / parts, packed + first_tile(group) * W * features);
+        run(group, units * part / parts, units * (part + 1) / parts, packed + first_tile(group) * W * packed_features);
     });
     return HFS_OK;
+}
+
+// Rows are summed and written in float32 whatever the type of x.
+template <typename Kind>
+static void rows_linear(const Linear<Kind>& call, float* y) {
+    const Panels& panels = call.panels;
+    const int64_t most = rows_max_tokens(LANES, call.weight.height >= 2 * LANES ? 2 : 1);
+    const int64_t y_stride = call.weight.out_features;
+    const int64_t tiles = (call.tokens + most - 1) / most;
+    int64_t parts = call.threads == 1 ? 1 : (4 * (int64_t)call.threads + tiles - 1) / tiles;
+    if (parts > panels.units) parts = panels.units;
+    parallel_for(tiles * parts, call.threads, [&](int64_t item) {
+        const int64_t tile = item / parts, part = item % parts;
+        const int64_t m = call.tokens * tile / tiles, count = call.tokens * (tile + 1) / tiles - m;
+        const int64_t first = panels.first_of_unit(panels.units * part / parts);
+        const int64_t end = panels.first_of_unit(panels.units * (part + 1) / parts);
+        // Panels of a band differ in rows only if the height is no multiple of PANEL_ROWS: the last is shorter.
+        const RowsPlan<Kind> whole(panels.rows(0), count), last(panels.rows(panels.per_band - 1), count);
+        for (int64_t i = first; i < end; i++) {
+            const RowsPlan<Kind>& plan = (i + 1) % panels.per_band ? whole : last;
+            plan.run(call.x + m * call.x_stride, call.x_stride, call.band(i), call.values(i), call.bias_of(i),
+                     {y + m * y_stride + panels.row(i), y_stride, call.activation});
+        }
+    });
 }
 
 // Copy a row from one type to the other.
@@ -161,49 +180,40 @@ static void convert_row(const From* from, int64_t count, To* to) {
     for (; k < count; k++) write<1>(to + k, read<1>(from + k));
 }
 
-static void rows_linear(const Linear<float>& call) {
-    const Panels& panels = call.panels;
-    const int64_t y_stride = call.weight.out_features;
-    const int64_t most = rows_max_tokens(LANES, call.weight.height >= 2 * LANES ? 2 : 1);
-    const int64_t tiles = (call.tokens + most - 1) / most;
-    int64_t parts = call.threads == 1 ? 1 : (4 * (int64_t)call.threads + tiles - 1) / tiles;
-    if (parts > panels.units) parts = panels.units;
-    parallel_for(tiles * parts, call.threads, [&](int64_t item) {
-        const int64_t tile = item / parts, part = item % parts;
-        const int64_t m = call.tokens * tile / tiles, count = call.tokens * (tile + 1) / tiles - m;
-        const int64_t end = panels.first_of_unit(panels.units * (part + 1) / parts);
-        for (int64_t i = panels.first_of_unit(panels.units * part / parts); i < end; i++) {
-            const Panel p(panels, i);
-            rows_panel(call.x + m * call.x_stride, call.x_stride, (int)count, p.column, p.n, p.values, p.height,
-                       call.bias ? call.bias + p.row : nullptr, call.activation, p.rows,
-                       call.y + m * y_stride + p.row, y_stride);
-        }
-    });
-}
-
-// Few tokens of bfloat16: the same kernels on float32 copies.
-static int rows_linear_bf16(const Linear<bf16>& call) {
-    const int64_t features = call.weight.in_features, outputs = call.weight.out_features;
-    float* x = hfs_scratch(0, (size_t)(call.tokens * (features + outputs)));
-    if (!x) return HFS_NO_MEMORY;
-    float* y = x + call.tokens * features;
-    for (int64_t m = 0; m < call.tokens; m++) convert_row(call.x + m * call.x_stride, features, x + m * features);
-    rows_linear({call.weight, call.panels, call.bias, x, features, y, call.tokens, call.activation, call.threads});
-    for (int64_t m = 0; m < call.tokens; m++) convert_row(y + m * outputs, outputs, call.y + m * outputs);
+// Few tokens of bfloat16: the results, and for float32 weights the activations too, pass through float32 copies.
+template <typename Kind>
+static int rows_linear_bf16(const Linear<Kind>& call, bf16* y) {
+    constexpr bool widen = sizeof(typename Kind::X) != sizeof(typename Kind::Core::X);
+    const int64_t features = widen ? call.weight.in_features : 0, outputs = call.weight.out_features;
+    float* sums = hfs_scratch(0, (size_t)(call.tokens * (features + outputs)));
+    if (!sums) return HFS_NO_MEMORY;
+    if constexpr (widen) {
+        float* x = sums + call.tokens * outputs;
+        for (int64_t m = 0; m < call.tokens; m++) convert_row(call.x + m * call.x_stride, features, x + m * features);
+        rows_linear<typename Kind::Core>({call.weight, call.panels, call.bias, x, features, call.tokens,
+                                          call.activation, call.threads}, sums);
+    } else {
+        rows_linear(call, sums);
+    }
+    for (int64_t m = 0; m < call.tokens; m++) convert_row(sums + m * outputs, outputs, y + m * outputs);
     return HFS_OK;
 }
 
-// Rows for few tokens, lanes for many.
-static bool prefer_lanes(const hfs_weight& w, int64_t tokens) {
-    if (w.height >= 4) return tokens > 12;
-    return tokens >= 4;
+// Rows for few tokens, lanes for many: where they cross depends on how much of a vector a band fills, and on whether
+// the rows of x lie so that they push each other out of the first-level cache.
+static bool prefer_lanes(const hfs_weight& w, int64_t x_row_bytes, int64_t tokens) {
+    if (x_row_bytes % 2048 == 0 && tokens >= 4) return true;
+    if (w.height >= 2 * LANES) return false;
+    if (LANES == 16 && w.height >= 4) return tokens > 12;
+    return tokens >= (w.height >= 8 ? 7 : w.height >= 4 ? 5 : w.height >= 2 ? 4 : 3);
 }
 
 // Below this many multiply-adds a second thread costs more than it brings.
 constexpr double PARALLEL_WORK = 4e5;
 
-template <typename X>
+template <typename Kind>
 static int linear(const hfs_weight& weight, const hfs_call& call) {
+    typedef typename Kind::X X;
     if (call.tokens == 0 || weight.out_features == 0) return HFS_OK;
     const float* bias = (const float*)call.bias;
     if (sizeof(X) != sizeof(float) && bias) {
@@ -212,21 +222,24 @@ static int linear(const hfs_weight& weight, const hfs_call& call) {
         convert_row((const bf16*)call.bias, weight.out_features, wide);
         bias = wide;
     }
-    const double work = (double)weight.kept_columns * (double)weight.height * (double)call.tokens;
-    const Linear<X> job = {weight, Panels(weight), bias, (const X*)call.x, call.x_stride, (X*)call.y,
-                           call.tokens, call.activation, work < PARALLEL_WORK ? 1 : call.threads};
-    const bool lanes = weight.form == HFS_AUTO ? prefer_lanes(weight, call.tokens) : weight.form == HFS_LANES_FORM;
+    const double work = (double)weight.steps * (double)weight.height * (double)call.tokens;
+    const Linear<Kind> job = {weight, Panels(weight), bias, (const X*)call.x, call.x_stride, call.tokens,
+                              call.activation, work < PARALLEL_WORK ? 1 : call.threads};
+    X* y = (X*)call.y;
+    const bool lanes = weight.form == HFS_AUTO
+                           ? prefer_lanes(weight, call.x_stride * (int64_t)sizeof(X), call.tokens)
+                           : weight.form == HFS_LANES_FORM;
     if (!lanes) {
         if constexpr (sizeof(X) == sizeof(float)) {
-            rows_linear(job);
+            rows_linear(job, y);
             return HFS_OK;
         } else {
-            return rows_linear_bf16(job);
+            return rows_linear_bf16(job, y);
         }
     }
-    if (LANES > 4 && call.tokens <= 4) return lanes_linear<4>(job);
-    if (LANES > 8 && call.tokens <= 8) return lanes_linear<8>(job);
-    return lanes_linear<LANES>(job);
+    if (LANES > 4 && call.tokens <= 4) return lanes_linear<4>(job, y);
+    if (LANES > 8 && call.tokens <= 8) return lanes_linear<8>(job, y);
+    return lanes_linear<LANES>(job, y);
 }
 
 }  // namespace HFS_ISA

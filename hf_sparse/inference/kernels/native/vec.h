@@ -41,19 +41,19 @@ template <int W>
 using Halves = typename VecOf<uint16_t, W>::type;
 
 // memcpy is how C++ spells an unaligned load; it compiles to one instruction.
-template <int W>
-HFS_INLINE Vec<W> load(const float* p) {
-    Vec<W> v;
+template <int W, typename T>
+HFS_INLINE typename VecOf<T, W>::type load(const T* p) {
+    typename VecOf<T, W>::type v;
     __builtin_memcpy(&v, p, sizeof v);
     return v;
 }
-template <int W>
-HFS_INLINE void store(float* p, Vec<W> v) {
+template <int W, typename T>
+HFS_INLINE void store(T* p, typename VecOf<T, W>::type v) {
     __builtin_memcpy(p, &v, sizeof v);
 }
-template <int W>
-HFS_INLINE Vec<W> splat(float s) {
-    return s - Vec<W>{};
+template <int W, typename T>
+HFS_INLINE typename VecOf<T, W>::type splat(T s) {
+    return s - typename VecOf<T, W>::type{};
 }
 template <int W>
 HFS_INLINE Words<W> words(Vec<W> v) {

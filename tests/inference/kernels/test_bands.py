@@ -1,0 +1,61 @@
+"""The layout of the native kernels, decoded by hand and compared with the dense weight."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_sparse.core.packing import FormatError, LayerFormat
+from hf_sparse.inference.kernels.bands import Bands, to_bands
+from hf_sparse.inference.kernels.reference import to_dense
+from hf_sparse.inference.kernels.registry import BlockIndex
+from tests.inference.kernels.conftest import random_layer
+
+
+def decode(bands: Bands, dense_shape: tuple[int, int]) -> Tensor:
+    """Lay bands out as [O, I], one step at a time."""
+    dense = torch.zeros(dense_shape)
+    height = bands.values.shape[1]
+    for band in range(bands.band_start.numel() - 1):
+        rows = slice(band * height, (band + 1) * height)
+        for step in range(int(bands.band_start[band]), int(bands.band_start[band + 1])):
+            column, values = bands.column[step], bands.values[step].float()
+            if bands.kind == "single":
+                dense[rows, column] += values
+            else:
+                pair = [2 * int(column), 2 * int(column) + 1] if bands.kind == "neighbours" else column.tolist()
+                for half in (0, 1):
+                    dense[rows, pair[half]] += values[:, half]
+    return dense
+
+
+@pytest.mark.parametrize("density", [0.0, 0.15, 0.5, 1.0])
+@pytest.mark.parametrize(
+    ("dense_shape", "block_shape"),
+    [
+        *(((8, 7), (1, 1)), ((24, 30), (8, 1)), ((24, 30), (8, 2)), ((12, 24), (4, 4)), ((12, 30), (4, 3))),
+        *(((3, 20), (1, 5)), ((64, 32), (32, 32)), ((4, 6), (4, 6)), ((1, 1), (1, 1))),
+    ],
+)
+def test_bands_hold_the_weight(dense_shape: tuple[int, int], block_shape: tuple[int, int], density: float) -> None:
+    for seed in range(3):
+        values, index = random_layer(dense_shape, block_shape, density, seed=seed, dtype=torch.bfloat16)
+        expected = to_dense(values, index).float()
+        single, pairs = (to_bands(values, index, pairs=pairs) for pairs in (False, True))
+        assert single.kind == "single" and single.values.dtype == torch.float32
+        assert pairs.kind == ("couples" if block_shape[1] % 2 else "neighbours")
+        for bands in (single, pairs):
+            assert torch.equal(decode(bands, dense_shape), expected)
+            assert bands.column.dtype == bands.band_start.dtype == torch.int32
+        kept = values.shape[0] * block_shape[1]
+        assert single.values.shape == (kept, block_shape[0])
+        assert kept <= 2 * pairs.values.shape[0] <= kept + index.layer.grid[0]
+
+
+def test_a_weight_too_large_for_32_bit_indices_is_refused() -> None:
+    layer = LayerFormat(block_shape=(1, 2**20), kept=2**11, dense_shape=(2**11, 2**20))
+    index = BlockIndex(layer=layer, rows=torch.arange(2**11), cols=torch.zeros(2**11, dtype=torch.int64))
+    values = torch.zeros(1, 1, 1).expand(2**11, 1, 2**20)
+    with pytest.raises(FormatError, match="2048 kept blocks of 1 x 1048576 .* do not fit 32-bit indices"):
+        to_bands(values, index, pairs=False)
