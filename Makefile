@@ -10,7 +10,8 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3 python;
 	"$$python" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
 
 BIN     := $(VENV)/bin
-SETUP   := setup.cfg pyproject.toml $(wildcard setup.py)
+KERNELS := hf_sparse/inference/kernels
+SETUP   := setup.cfg pyproject.toml $(wildcard setup.py $(KERNELS)/build.py $(KERNELS)/native/*.*)
 INSTALL := $(BIN)/python tools/pip_install.py $(VENV)/pip.log
 
 # Nothing below needs a network once the environment stands.

@@ -1,7 +1,8 @@
 """hf_sparse: make a fine-tuned transformer small and fast without losing its accuracy.
 
 Importing this package registers the checkpoint format with transformers, so that plain `from_pretrained` reads
-compressed models. The trainer loads on first use: it costs seconds that a serving process need not pay.
+compressed models. Everything else loads on first use: neither `hf-sparse --help` nor a serving process pays for the
+trainer.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from hf_sparse.core.packing import FormatError as FormatError
-from hf_sparse.core.report import report
-from hf_sparse.inference.compress import compress, decompress
-from hf_sparse.inference.linear import BlockSparseLinear
-from hf_sparse.inference.loading import BlockSparseConfig, load_dense, register
+from hf_sparse.registration import register_when_imported
 from hf_sparse.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from hf_sparse.core.packing import FormatError as FormatError
+    from hf_sparse.core.report import report
+    from hf_sparse.inference.compress import compress, decompress
+    from hf_sparse.inference.linear import BlockSparseLinear
+    from hf_sparse.inference.loading import BlockSparseConfig, load_dense
     from hf_sparse.training.config import SparseDistillConfig
     from hf_sparse.training.distill import distillation_loss
     from hf_sparse.training.graft import graft
@@ -26,6 +28,13 @@ if TYPE_CHECKING:
     from hf_sparse.training.trainer import SparseDistillTrainer
 
 _LAZY = {
+    "FormatError": "hf_sparse.core.packing",
+    "report": "hf_sparse.core.report",
+    "compress": "hf_sparse.inference.compress",
+    "decompress": "hf_sparse.inference.compress",
+    "BlockSparseLinear": "hf_sparse.inference.linear",
+    "BlockSparseConfig": "hf_sparse.inference.loading",
+    "load_dense": "hf_sparse.inference.loading",
     "SparseDistillConfig": "hf_sparse.training.config",
     "SparseDistillTrainer": "hf_sparse.training.trainer",
     "BlockMasks": "hf_sparse.training.masks",
@@ -51,7 +60,7 @@ __all__ = [
     "report",
 ]
 
-register()
+register_when_imported()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What every test gets: a fixed seed, one thread, an environment put back afterwards, and no way out to the network."""
+"""What every test gets: a fixed seed, one thread, an environment put back afterwards, and no network."""
 
 from __future__ import annotations
 

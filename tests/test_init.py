@@ -29,13 +29,19 @@ PUBLIC = {
 }
 
 FRESH = """
-import json, sys
+import importlib, json, sys
+watching = lambda: sum(type(f).__name__ == "_Watcher" for f in sys.meta_path)
 import hf_sparse
+import hf_sparse.registration
 print(json.dumps({
-    "heavy": sorted({"transformers.trainer", "triton", "datasets", "evaluate", "typer"} & set(sys.modules)),
+    "heavy": sorted({"torch", "transformers", "triton", "datasets", "evaluate", "typer"} & set(sys.modules)),
     "training": sorted(name for name in sys.modules if name.startswith("hf_sparse.training")),
+    "finders": watching(),
+    "registered": "hf_sparse" in importlib.import_module("transformers.quantizers.auto").AUTO_QUANTIZER_MAPPING,
+    "finders_left": watching(),
     "cuda": sys.modules["torch"].cuda.is_initialized(),
-    "registered": "hf_sparse" in sys.modules["transformers.quantizers.auto"].AUTO_QUANTIZER_MAPPING,
+    "again": "hf_sparse" in importlib.reload(hf_sparse).registration._register.__module__,
+    "too_early": "transformers.trainer" in sys.modules,
     "listed": sorted(set(dir(hf_sparse)) & set(hf_sparse.__all__)),
     "lazy": hf_sparse.SparseDistillTrainer.__name__,
     "trainer": "transformers.trainer" in sys.modules,
@@ -80,12 +86,26 @@ def test_importing_is_light_and_registers_the_loader() -> None:
     assert found == {
         "heavy": [],
         "training": [],
-        "cuda": False,
+        "finders": 1,
         "registered": True,
+        "finders_left": 0,
+        "cuda": False,
+        "again": True,
+        "too_early": False,
         "listed": sorted(PUBLIC),
         "lazy": "SparseDistillTrainer",
         "trainer": True,
     }
+
+
+def test_transformers_may_be_imported_first() -> None:
+    code = (
+        "import transformers.quantizers.auto as auto, hf_sparse\n"
+        "from hf_sparse.inference.loading import BlockSparseQuantizer\n"
+        "assert auto.AUTO_QUANTIZER_MAPPING['hf_sparse'] is BlockSparseQuantizer"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_version_and_error_are_at_hand() -> None:

@@ -11,19 +11,28 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable
+from typing import TextIO
 
 LAST_LINES = 20
 
 
 def main(log: str, arguments: list[str]) -> int:
     """Run pip and return its exit status; when it fails, show its last lines and where the log is."""
-    command = [sys.executable, "-m", "pip", "install", "--progress-bar=raw", "--no-input", "--log", log]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--progress-bar=raw",
+        "--no-input",
+        "--disable-pip-version-check",
+    ]
     start = time.monotonic()
-    with subprocess.Popen(
-        [*command, "--disable-pip-version-check", *arguments],
+    with open(log, "w", encoding="utf-8") as record, subprocess.Popen(
+        [*command, *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
     ) as pip:  # fmt: skip
-        last = _follow(pip.stdout or [], f"installing {' '.join(arguments)}")
+        last = _follow(pip.stdout or [], record, f"installing {' '.join(arguments)}")
     seconds = time.monotonic() - start
     if pip.returncode:
         print(*last, f"pip failed after {seconds:.0f} s; the whole log is in {log}", sep="\n", file=sys.stderr)
@@ -32,7 +41,7 @@ def main(log: str, arguments: list[str]) -> int:
     return pip.returncode
 
 
-def _follow(lines: Iterable[str], title: str) -> deque[str]:
+def _follow(lines: Iterable[str], record: TextIO, title: str) -> deque[str]:
     # A terminal gets one line that changes, a file a new line every few seconds.
     moving = sys.stdout.isatty()
     interval = 0.1 if moving else 5.0
@@ -44,6 +53,7 @@ def _follow(lines: Iterable[str], title: str) -> deque[str]:
             state = f"{doing} {done:.0f}/{total:.0f} MiB"
         else:
             last.append(line)
+            record.write(line + "\n")
             # As in "Collecting a>=1" or "  Downloading a-1.0.whl (2 MB)".
             if not (step := re.match(r"\s*(Collecting|Downloading|Using|Building|Installing) (.*)", line)):
                 continue

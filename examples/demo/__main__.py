@@ -142,6 +142,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="results file; default: results.json in the folder")
     given = parser.parse_args()
     logging.set_verbosity_error()
+    # The bars of reading, training and timing are enough.
+    logging.disable_progress_bar()
     disable_progress_bar()
     console, paths = Console(), Paths(given.folder.resolve())
     command = "make demo" + (" ARGS=--smoke" if given.smoke else "")

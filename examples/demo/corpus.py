@@ -26,8 +26,8 @@ from examples.demo.prose import letters, sentences
 # All of them come with hf_sparse: two it requires itself, the others its requirements do.
 PACKAGES = ("networkx", "pandas", "sympy", "transformers")
 TEST_SHARE = 0.25
-# Rows that another package turns out to share are dropped at the end, so a few more are collected.
-SPARE = 1.1
+# Rows that another package turns out to share are dropped at the end, so some more are collected.
+SPARE = 0.1, 10
 # No file may speak for its package, least of all where the score is taken.
 PER_FILE = {"train": 60, "test": 15}
 
@@ -105,7 +105,7 @@ def _read_package(package: str, wanted: dict[str, int]) -> _Found:
     # Test helpers say little about what a package is for, and there are thousands of them.
     names = [name for name in paths if not {"tests", "test", "testing"} & set(name.split("/"))]
     found = _Found(rows={"train": {}, "test": {}})
-    need = {split: int(count * SPARE) for split, count in wanted.items()}
+    need = {split: count + int(count * SPARE[0]) + SPARE[1] for split, count in wanted.items()}
     with tqdm(total=sum(need.values()), desc=f"reading {package}", unit=" sentences") as bar:
         for name in sorted(names, key=_draw):
             split = "test" if _draw(name) < TEST_SHARE else "train"

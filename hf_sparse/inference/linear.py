@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from hf_sparse.core.blocks import BlockShape, to_blocks
+from hf_sparse.core.blocks import BlockShape
 from hf_sparse.core.packing import LayerFormat, pack, unpack_mask
-from hf_sparse.inference.kernels import Backend, BlockIndex, LayerSpec, choose_backend, to_dense
+from hf_sparse.inference.kernels import BlockIndex, to_dense
+from hf_sparse.inference.prepared import Indexed, Prepared, WithGradient
 
 
 class BlockSparseLinear(nn.Module):
@@ -58,9 +58,11 @@ class BlockSparseLinear(nn.Module):
         self.register_buffer(
             "weight_block_mask", torch.zeros(layer.mask_bytes, dtype=torch.uint8, device=device), persistent=True
         )
-        self.bias = nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
-        self._indexed: _Indexed | None = None
-        self._prepared: _Prepared | None = None
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
+        )
+        self._indexed: Indexed | None = None
+        self._prepared: Prepared | None = None
 
     @classmethod
     def from_dense(
@@ -119,22 +121,32 @@ class BlockSparseLinear(nn.Module):
         """Compute [..., O] from x [..., I], any strides, any number of rows."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x must be [..., {self.in_features}], found shape {list(x.shape)}.")
-        autocast = torch.is_autocast_enabled(x.device.type)
-        backward = torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in (x, self.weight, self.bias)
+        # Parameters are taken where they are stored: attribute look-ups of a module show for one token.
+        weight: Any = self._parameters["weight"]
+        bias = self._parameters["bias"]
+        backward = torch.is_grad_enabled() and (
+            weight.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
         )
-        if autocast or (backward and (self.training or torch.compiler.is_compiling())):
+        compiling = torch.compiler.is_compiling()
+        if torch.is_autocast_enabled(x.device.type) or (backward and (self.training or compiling)):
             # The weight changes before the next call, or torch decides on the dtypes: nothing is worth preparing.
-            return linear(x, self.dense_weight(), self.bias)
-        if x.dtype != self.weight.dtype:
-            raise TypeError(f"x is {x.dtype}, but the layer is {self.weight.dtype}: use x.to({self.weight.dtype}).")
-        ready = self._ready()
-        flat = x.reshape(-1, self.in_features)
+            return linear(x, self.dense_weight(), bias)
+        if x.dtype is not weight.dtype:
+            raise TypeError(f"x is {x.dtype}, but the layer is {weight.dtype}: use x.to({weight.dtype}).")
+        ready = self._prepared
+        if ready is None or not (compiling or ready.fits(weight, self._buffers["weight_block_mask"])):
+            ready = self._prepare()
+        flat = x if x.dim() == 2 else x.reshape(-1, self.in_features)
         if backward:
-            y = _WithGradient.apply(flat, self.weight, self.bias, ready)
+            y = WithGradient.apply(flat, weight, bias, ready)
         else:
-            y = ready.backend.run(flat, ready.state, self.bias, None)
-        return y.view(*x.shape[:-1], self.out_features)
+            y = ready.run(flat, bias)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
+
+    def backend(self) -> str:
+        """Name the backend that computes this layer outside of training."""
+        ready = self._prepared
+        return (ready if ready is not None else self._prepare()).backend.name
 
     def extra_repr(self) -> str:
         """Say the shapes, for `print`."""
@@ -152,35 +164,19 @@ class BlockSparseLinear(nn.Module):
 
     def _index(self) -> BlockIndex:
         cached = self._indexed
-        if torch.compiler.is_compiling():
-            return (cached or self._make_index()).index
-        stamp = _stamp(self.weight_block_mask)
-        if cached is None or not _same(cached.stamp, stamp):
+        if cached is None or not (torch.compiler.is_compiling() or cached.fits(self.weight_block_mask)):
             cached = self._make_index()
         return cached.index
 
-    def _ready(self) -> _Prepared:
-        cached = self._prepared
-        if torch.compiler.is_compiling():
-            return cached or self._prepare()
-        if cached is None or not _same(cached.stamp, _stamp(self.weight, self.weight_block_mask)):
-            cached = self._prepare()
-        return cached
-
     # Both read values, which a compiled graph cannot: a first call under torch.compile leaves the graph for them.
     @torch.compiler.disable
-    def _make_index(self) -> _Indexed:
-        index = BlockIndex.from_bitmap(self.weight_block_mask, self.layer_format())
-        self._indexed = _Indexed(_stamp(self.weight_block_mask), index)
+    def _make_index(self) -> Indexed:
+        self._indexed = Indexed.from_bitmap(self.weight_block_mask, self.layer_format())
         return self._indexed
 
     @torch.compiler.disable
-    def _prepare(self) -> _Prepared:
-        index = self._index()
-        backend = choose_backend(LayerSpec(layer=index.layer, device=self.weight.device, dtype=self.weight.dtype))
-        with torch.no_grad():
-            state = backend.prepare(self.weight.detach(), index)
-        self._prepared = _Prepared(_stamp(self.weight, self.weight_block_mask), backend, index, state)
+    def _prepare(self) -> Prepared:
+        self._prepared = Prepared.from_values(self.weight, self.weight_block_mask, self._index())
         return self._prepared
 
     def _apply(self, fn: Any, recurse: bool = True) -> BlockSparseLinear:
@@ -194,49 +190,3 @@ class BlockSparseLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_indexed": None, "_prepared": None}
-
-
-@dataclass(frozen=True, eq=False)
-class _Indexed:
-    stamp: tuple[Any, ...]
-    index: BlockIndex
-
-
-@dataclass(frozen=True, eq=False)
-class _Prepared:
-    stamp: tuple[Any, ...]
-    backend: Backend
-    index: BlockIndex
-    state: Any
-
-
-class _WithGradient(torch.autograd.Function):
-    # The backends compute no gradients; the backward pass is dense, and what falls on pruned blocks is dropped.
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, ready: _Prepared) -> Tensor:
-        ctx.save_for_backward(x, values)
-        ctx.index = ready.index
-        return ready.backend.run(x, ready.state, bias, None)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, values = ctx.saved_tensors
-        index: BlockIndex = ctx.index
-        grad_x = grad @ to_dense(values, index) if ctx.needs_input_grad[0] else None
-        grad_values = grad_bias = None
-        if ctx.needs_input_grad[1]:
-            grad_values = to_blocks(grad.t() @ x, index.layer.block_shape)[index.rows, index.cols]
-        if ctx.needs_input_grad[2]:
-            grad_bias = grad.sum(0)
-        return grad_x, grad_values, grad_bias, None
-
-
-def _stamp(*tensors: Tensor) -> tuple[Any, ...]:
-    # Who replaces a tensor changes its identity, who writes to it raises its version. Tensors made in inference mode
-    # keep no version.
-    return (*tensors, *((None if t.is_inference() else t._version, t.data_ptr()) for t in tensors))
-
-
-def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    return all(x is y or (type(x) is tuple and x == y) for x, y in zip(a, b, strict=True))

@@ -10,7 +10,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_sparse.core.packing import FORMAT_VERSION, QUANT_METHOD, LayerFormat, read_layer_formats
+from hf_sparse.core.packing import FORMAT_VERSION, QUANT_METHOD, FormatError, LayerFormat, read_layer_formats
 from hf_sparse.inference.checkpoint import check_bitmaps, header_strings, match_modules, read_headers
 from hf_sparse.inference.compress import compressed_layers, decompress, replace_module
 from hf_sparse.inference.linear import BlockSparseLinear
@@ -94,9 +94,17 @@ class BlockSparseQuantizer(HfQuantizer):
                 BlockSparseLinear(formats[name], dense.bias is not None, device="meta", dtype=dense.weight.dtype),
             )
         self.quantization_config.modules = {local: formats[name].to_dict() for name, local in names.items()}
+        self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        # Before 5.23 transformers takes any shape into the dense layers of a model that has a quantizer.
+        for name, parameter in model.named_parameters():
+            if parameter.shape != self._shapes.get(name, parameter.shape):
+                raise FormatError(
+                    f"{name} has shape {list(parameter.shape)} in the file, expected {list(self._shapes[name])}. "
+                    f"ignore_mismatched_sizes replaces it from transformers 5.23 on."
+                )
         return decompress(model) if self.quantization_config.dequantize else model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
@@ -155,3 +163,6 @@ def load_dense(auto_class: Any, path: str | os.PathLike[str], **kwargs: Any) -> 
         ValueError: if `device_map` offloads compressed layers to disk.
     """
     return decompress(auto_class.from_pretrained(path, **kwargs))
+
+
+register()

@@ -91,6 +91,7 @@ def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], attention_
     Source: Sparse Progressive Distillation (ACL 2022), whose released code also counts padding.
     """
     _check_layers("hidden states", student, teacher)
+    attention_mask = _one_row_per_sample(attention_mask)
     errors = [(s.float() - t.detach().float()).square().mean(-1) for s, t in zip(student, teacher, strict=True)]
     return torch.stack([_per_sample(error, attention_mask).mean() for error in errors]).sum()
 
@@ -114,7 +115,7 @@ def attention_loss(
     Source: Sparse Progressive Distillation (ACL 2022), post-softmax maps as its released code compares.
     """
     _check_layers("attention maps", student, teacher)
-    pairs = None
+    pairs, attention_mask = None, _one_row_per_sample(attention_mask)
     if attention_mask is not None:
         real = attention_mask.bool()
         pairs = (real[:, :, None] & real[:, None, :]).flatten(1)
@@ -190,6 +191,11 @@ def logits_unit(student: Any, inputs: Mapping[str, Tensor]) -> str:
     if logits.ndim == 3 and attention_mask is not None and attention_mask.shape == logits.shape[:-1]:
         return "tokens"
     return "samples"
+
+
+def _one_row_per_sample(mask: Tensor | None) -> Tensor | None:
+    # Multiple choice: [questions, choices, T], where layers return [questions * choices, T, D].
+    return mask.flatten(0, -2) if mask is not None and mask.ndim > 2 else mask
 
 
 def _per_sample(error: Tensor, mask: Tensor | None) -> Tensor:

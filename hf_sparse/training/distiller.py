@@ -31,7 +31,9 @@ class Distiller:
         ValueError: if the teacher does not fit the settings.
     """
 
-    def __init__(self, student: nn.Module, config: SparseDistillConfig, given: nn.Module | str | os.PathLike[str] | None) -> None:
+    def __init__(
+        self, student: nn.Module, config: SparseDistillConfig, given: nn.Module | str | os.PathLike[str] | None
+    ) -> None:
         self.config, self.was_given = config, given is not None
         self.teacher: nn.Module | None = None
         self._placed_on: torch.device | None = None

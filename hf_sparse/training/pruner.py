@@ -66,6 +66,10 @@ class Pruner:
         for name, module in self.masks.targets.items():
             shape = self.masks.block_shapes[name]
             value, gradient = penalty_gradient(weight_view(module), shape, self._coef(name))
+            values.append(value)
+            if not module.weight.requires_grad:
+                # A frozen weight does not move, so its gradient must not count in clipping either.
+                continue
             grad = grad_view(module)
             if grad is None:
                 # A layer that the teacher stood in for in every micro-batch still feels the penalty.
@@ -74,7 +78,6 @@ class Pruner:
             if gradient_scale is not None:
                 gradient = gradient * gradient_scale
             grad.add_(gradient, alpha=plan.penalty_weight)
-            values.append(value)
         return torch.stack(values).sum()
 
     @torch.no_grad()

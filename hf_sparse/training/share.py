@@ -15,7 +15,6 @@ from torch import Tensor
 
 from hf_sparse.training.distributed import sum_over_ranks, world_size
 
-
 UNITS = ("items", "samples", "tokens")
 
 

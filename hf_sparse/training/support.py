@@ -50,8 +50,8 @@ def refuse_unsupported_model(model: nn.Module, config: SparseDistillConfig) -> N
         )
     if (config.sparsity or config.penalty_weight) and compressed_layers(model):
         raise ValueError(
-            f"{type(model).__name__} is compressed already. Make it dense first: hf_sparse.decompress(model), or load it "
-            f"with hf_sparse.load_dense."
+            f"{type(model).__name__} is compressed already. Make it dense first: hf_sparse.decompress(model), or "
+            f"load it with hf_sparse.load_dense."
         )
     if not isinstance(model, PreTrainedModel) and config.save_format == "compressed" and config.sparsity > 0.0:
         raise ValueError(

@@ -96,7 +96,9 @@ def test_lists_that_are_no_stacks() -> None:
 
 
 def test_a_list_inside_a_layer_belongs_to_it() -> None:
-    experts = [nn.ModuleDict({"experts": nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(2))}) for _ in "ab"]
+    experts = [
+        nn.ModuleDict({"experts": nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(2))}) for _ in "ab"
+    ]
     model = nn.ModuleDict({"layers": nn.ModuleList(experts)})
     assert list(find_stacks(model)) == ["layers"]
     assert len(find_targets(model)) == 4
@@ -169,7 +171,7 @@ def test_patterns_match_whole_names() -> None:
 @pytest.mark.parametrize(
     ("model", "patterns", "message"),
     [
-        (Tower, ("layers",), r"target_modules='layers' matches none of the 10 linear layers .* first are embed, layers"),
+        (Tower, ("layers",), r"target_modules='layers' matches none of the 10 linear layers .* are embed, layers"),
         (Tower, (None, "embed"), r"exclude_modules='embed' matches none of the 4 target layers"),
         (Tower, (None, ".*"), r"exclude_modules='\.\*' leaves no layer to prune"),
         (Tower, ("*",), r"target_modules='\*' is not a regular expression: nothing to repeat"),

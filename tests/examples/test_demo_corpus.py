@@ -15,18 +15,19 @@ GOOD = "This sentence explains in plain English what the {} function number {} i
 
 @pytest.fixture
 def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two packages that can be found but not imported, 40 files each, one sentence of their own per file."""
+    """Two packages that can be found but not imported, 80 files each, one sentence of their own per file."""
     words = "zero one two three four five six seven eight nine".split()
     for package in ("demo_left", "demo_right"):
         (tmp_path / package / "tests").mkdir(parents=True)
         (tmp_path / package / "__init__.py").write_text("raise RuntimeError('imported')\n")
-        for i in range(40):
+        for i in range(80):
             own = GOOD.format(package.removeprefix("demo_"), f"{words[i // 10]} {words[i % 10]}")
             shared = "Here is a sentence which both of these packages have in common."
             text = f'"""{own}"""\n\n\ndef f():\n    """{shared}"""\n'
             (tmp_path / package / f"module_{i}.py").write_text(text)
         (tmp_path / package / "tests" / "test_a.py").write_text(f'"""{GOOD.format("hidden", "test")}"""\n')
-        (tmp_path / package / "newer.py").write_text("this is not python\n")
+        for i in range(10):
+            (tmp_path / package / f"newer_{i}.py").write_text("def :\n")
         info = tmp_path / f"{package}-1.5.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.5\n")
@@ -50,7 +51,7 @@ def test_splits_share_no_file_and_no_sentence(packages: Path) -> None:
 
 def test_every_prefix_is_balanced_and_labels_name_the_packages(packages: Path) -> None:
     train = build().splits["train"]
-    assert train["label"] == [0, 1] * 20 or list(train["label"]) == [0, 1] * 20
+    assert list(train["label"]) == [0, 1] * 20
     assert train.features["label"].names == ["demo_left", "demo_right"]
     for text, label in zip(train["text"], train["label"], strict=True):
         assert f"the {('left', 'right')[label]} function" in text
@@ -67,8 +68,9 @@ def test_the_same_packages_give_the_same_corpus_and_another_text_another_hash(pa
 
 
 def test_files_that_this_python_cannot_parse_are_counted(packages: Path) -> None:
-    facts = build(train_rows=52, test_rows=18).facts
-    assert facts["files_refused"] == {"demo_left": 1, "demo_right": 1}
+    facts = build().facts
+    for package, refused in facts["files_refused"].items():
+        assert 1 <= refused <= 10 and facts["files_read"][package] > refused
 
 
 def test_too_little_text_is_refused_with_the_numbers(packages: Path) -> None:

@@ -1,5 +1,6 @@
 """run_glue.py: every way in (files, columns, labels, configs) and out (metrics, table, card), resume, two ranks."""
 
+import importlib.util
 import json
 import logging
 import re
@@ -25,6 +26,7 @@ from hf_sparse import SparseDistillTrainer
 from hf_sparse.hub.card import facts_from_folder
 from tests.examples.conftest import EXAMPLES
 
+ROOT = EXAMPLES.parent
 QUIET = "--use_cpu --disable_tqdm true --save_strategy no".split()
 SHORT = [*QUIET, *"--do_train --do_eval --num_train_epochs 1 --per_device_train_batch_size 16 --seed 3".split()]
 
@@ -483,3 +485,26 @@ def test_a_metric_that_evaluate_cannot_load_is_computed_anyway(
 def test_files_ask_nothing_of_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "evaluate", None)
     assert glue_data.Metric("stsb", regression=True, from_hub=False).source == "pearson, spearmanr, built in"
+
+
+# What docs/glue.md says
+
+
+def test_every_launch_line_of_the_docs_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_glue, "check_source", lambda *_: None)
+    text = (ROOT / "docs/glue.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = re.findall(r"^ {4}.*examples/run_glue\.py (.*)$", text, re.M)
+    assert len(lines) >= 4
+    for line in lines:
+        arguments = line.split("#")[0].replace("...", "--model_name_or_path m").split()
+        model_args, _, _ = run_glue.parse_arguments([*arguments, "--use_cpu"], tmp_path)
+        assert model_args.model_name_or_path
+
+
+def test_the_tables_of_the_docs_are_those_of_the_json() -> None:
+    spec = importlib.util.spec_from_file_location("glue_first_runs", ROOT / "benchmarks/glue_first_runs.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    result, text = json.loads(benchmark.JSON_FILE.read_text()), benchmark.DOCS.read_text(encoding="utf-8")
+    for task in {row["task"] for row in result["rows"]}:
+        assert f"<!-- table:glue_first_runs {task} -->\n{benchmark.render(result, task)}\n<!-- /table -->" in text

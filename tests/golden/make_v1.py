@@ -21,7 +21,7 @@ from hf_sparse.core.targets import find_targets, weight_view
 from hf_sparse.inference.compress import compressed_layers
 
 IDS = [[3, 9, 4, 1], [7, 2, 11, 5]]
-BLOCKS = [(4, 1), (1, 4), (2, 2), (8, 1), (1, -1), (-1, 1), (1, 1), (8, 8)]
+BLOCKS = [(4, 1), (1, 4), (2, 2), (4, 4), (1, -1), (-1, 1), (1, 1), (8, 4), (8, 1)]
 
 
 def main(folder: Path) -> None:

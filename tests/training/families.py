@@ -71,7 +71,8 @@ FAMILIES = {
     ),
     "mpnet": Family(
         make=lambda: tf.MPNetForSequenceClassification(tf.MPNetConfig(**TEXT, **SMALL, **POSITIONS, num_labels=3)),
-        stacks={"mpnet.encoder.layer": (*(f"attention.attn.{n}" for n in "qkvo"), "intermediate.dense", "output.dense")},
+        stacks={"mpnet.encoder.layer": (
+            *(f"attention.attn.{n}" for n in "qkvo"), "intermediate.dense", "output.dense")},
         task="classes", outside=("classifier.dense", "classifier.out_proj"),
     ),
     "modernbert": Family(

@@ -93,7 +93,9 @@ def test_json_and_yaml_files_set_every_field(tmp_path: Path, kind: str) -> None:
     (found,) = parser.parse_json_file(str(file)) if kind == "json" else parser.parse_yaml_file(str(file))
     assert {name: getattr(found, name) for name in OTHERS} == OTHERS
     # And back: what a config writes makes an equal one.
-    again = SparseDistillConfig(**{name: value for name, value in found.to_dict().items() if name in {**QUIET, **OTHERS}})
+    again = SparseDistillConfig(
+        **{name: value for name, value in found.to_dict().items() if name in {**QUIET, **OTHERS}}
+    )
     assert {name: getattr(again, name) for name in OTHERS} == OTHERS
 
 
@@ -166,7 +168,10 @@ def test_wrong_values_are_refused_by_name(field: str, value: Any, message: str) 
         ({"sparsity_start": 0.7}, r"sparsity_start=0\.7 lies after sparsity_end=0\.6"),
         ({"graft_hold": 0.9}, r"graft_hold=0\.9 lies after graft_end=0\.8"),
         ({"sparsity_end": 0.0, "penalty_weight": 0.1}, r"sparsity_end=0\.0 leaves no step for penalty_weight"),
-        ({"task_weight": 0.0, "kd_weight": 0.0}, r"task_weight, kd_weight, hidden_weight and attention_weight are all 0"),
+        (
+            {"task_weight": 0.0, "kd_weight": 0.0},
+            r"task_weight, kd_weight, hidden_weight and attention_weight are all 0",
+        ),
     ],
 )
 def test_values_that_contradict_each_other_are_refused(given: dict[str, Any], message: str) -> None:
@@ -195,7 +200,9 @@ def test_presets_fill_the_fields_that_are_not_given(preset: str) -> None:
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
-@pytest.mark.parametrize("field", sorted(set(DEFAULTS) - {"preset", "block_overrides", "target_modules", "exclude_modules"}))
+@pytest.mark.parametrize(
+    "field", sorted(set(DEFAULTS) - {"preset", "block_overrides", "target_modules", "exclude_modules"})
+)
 def test_a_given_value_overrides_a_preset_even_when_it_is_the_default(preset: str, field: str) -> None:
     value = DEFAULTS[field]
     assert getattr(config(preset=preset, **{field: value, **_companions(preset, field)}), field) == value

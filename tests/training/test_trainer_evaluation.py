@@ -20,7 +20,10 @@ def plain_loss(model: Any, data: list[dict[str, Any]], batch: int) -> float:
     """The mean over batches, weighted by samples, as plain evaluation computes it."""
     model.eval()
     with torch.no_grad():
-        losses = [(model(**inputs).loss.item(), len(inputs["input_ids"])) for inputs in DataLoader(data, batch, collate_fn=pad)]
+        losses = [
+            (model(**inputs).loss.item(), len(inputs["input_ids"]))
+            for inputs in DataLoader(data, batch, collate_fn=pad)
+        ]
     return sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
 
 
@@ -44,7 +47,9 @@ def test_evaluation_is_the_plain_task_loss_of_the_student(tmp_path: Path, task: 
 
 def test_evaluation_metrics_hold_no_terms_of_training(tmp_path: Path) -> None:
     data = rows("classes", 8)
-    trainer = make_trainer(bert(), tmp_path, data, **ALL_LOSSES, extra={"eval_dataset": data}, max_steps=1, sparsity=0.5)
+    trainer = make_trainer(
+        bert(), tmp_path, data, **ALL_LOSSES, extra={"eval_dataset": data}, max_steps=1, sparsity=0.5
+    )
     trainer.train()
     assert set(trainer.evaluate()) == {
         "eval_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "epoch",
@@ -59,8 +64,8 @@ def test_metrics_of_the_user_see_the_students_logits(tmp_path: Path) -> None:
         seen.append(prediction)
         return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
-    trainer = make_trainer(model, tmp_path, data, **ALL_LOSSES, extra={"eval_dataset": data, "compute_metrics": metrics},
-                           max_steps=1, sparsity=0.5)  # fmt: skip
+    extra = {"eval_dataset": data, "compute_metrics": metrics}
+    trainer = make_trainer(model, tmp_path, data, **ALL_LOSSES, extra=extra, max_steps=1, sparsity=0.5)
     trainer.train()
     trainer.evaluate()
     with torch.no_grad():
@@ -120,7 +125,6 @@ def test_the_only_checkpoint_at_the_target_is_best_however_bad(tmp_path: Path) -
 
 
 def test_the_best_model_brings_its_own_masks(tmp_path: Path) -> None:
-    # With a learning rate that shuffles the weights, masks of step 4 and of a retrained end would differ if chosen anew.
     data = rows("classes", 16)
     trainer = make_trainer(
         bert(), tmp_path, data, sparsity=0.5, sparsity_end=0.5, max_steps=6, kd_weight=0.0, eval_strategy="steps",
@@ -132,7 +136,9 @@ def test_the_best_model_brings_its_own_masks(tmp_path: Path) -> None:
     loaded = type(trainer.model).from_pretrained(tmp_path / "final").eval()
     inputs = pad(data)
     with torch.no_grad():
-        torch.testing.assert_close(loaded(**inputs).logits, trainer.model.eval()(**inputs).logits, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            loaded(**inputs).logits, trainer.model.eval()(**inputs).logits, rtol=1e-5, atol=1e-6
+        )
 
 
 def test_sparsity_0_considers_every_checkpoint(tmp_path: Path) -> None:

@@ -15,11 +15,12 @@ from tests.training.scenarios import TASKS, everything_on, model_for
 from tests.training.tiny import Watch, arguments, gradients_of, make_trainer, pad, rows, t5
 
 
-
 def assert_close(first: dict[str, Tensor], second: dict[str, Tensor], where: str) -> None:
     assert list(first) == list(second), f"{where}: not the same parameters have gradients"
     for name, value in first.items():
-        torch.testing.assert_close(second[name], value, rtol=2e-4, atol=2e-6, msg=lambda m, n=name: f"{where} {n}: {m}")
+        torch.testing.assert_close(
+            second[name], value, rtol=2e-4, atol=2e-6, msg=lambda m, n=name: f"{where} {n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("task", TASKS)

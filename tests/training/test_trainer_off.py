@@ -26,7 +26,9 @@ class Ordered(torch.utils.data.IterableDataset):
         return iter(self.data)
 
 
-def hand_loop(model: Any, data: list, steps: int, batch: int, accumulate: int, rate: float, clip: float, decay: float) -> list:
+def hand_loop(
+    model: Any, data: list, steps: int, batch: int, accumulate: int, rate: float, clip: float, decay: float
+) -> list:
     """What a newcomer would write: AdamW, warm-up and linear decay, clipping, accumulation."""
     plain = [n for n, _ in model.named_parameters() if "bias" in n or "norm" in n.lower()]
     groups = [
@@ -81,9 +83,7 @@ def test_loss_and_gradients_equal_the_plain_model(tmp_path: Path, task: str) -> 
     def make() -> Any:
         if task == "lm":
             return llama()
-        return bert(
-            kind=kinds.get(task, "SequenceClassification"), num_labels={"regression": 1, "qa": 2}.get(task, 3)
-        )
+        return bert(kind=kinds.get(task, "SequenceClassification"), num_labels={"regression": 1, "qa": 2}.get(task, 3))
 
     data, plain = rows(task, 8), make()
     trainer = make_trainer(make(), tmp_path, Ordered(data), **OFF, max_steps=1, max_grad_norm=0.0,

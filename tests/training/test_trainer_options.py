@@ -22,6 +22,7 @@ from tests.training.tiny import (
     llama,
     make_trainer,
     pad,
+    pad_to_10,
     pruned_zero,
     rows,
     weights_of,
@@ -42,7 +43,12 @@ def test_changing_the_class_name_alone_works(tmp_path: Path) -> None:
     def metrics(prediction: EvalPrediction) -> dict[str, float]:
         return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
-    given: dict[str, Any] = {"train_dataset": data, "eval_dataset": data, "data_collator": pad, "compute_metrics": metrics}
+    given: dict[str, Any] = {
+        "train_dataset": data,
+        "eval_dataset": data,
+        "data_collator": pad,
+        "compute_metrics": metrics,
+    }
     for trainer_class in (Trainer, SparseDistillTrainer):
         trainer = trainer_class(model=bert(), args=plain_arguments(tmp_path, max_steps=6), **given)
         trainer.train()
@@ -86,7 +92,9 @@ def test_the_default_teacher_is_a_frozen_copy_taken_when_training_starts(tmp_pat
     assert len({id(p) for group in trainer.optimizer.param_groups for p in group["params"]}) == len(at_start)
 
 
-@pytest.mark.parametrize("given", [{"max_steps": 3}, {"max_steps": 3, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}])
+@pytest.mark.parametrize(
+    "given", [{"max_steps": 3}, {"max_steps": 3, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}]
+)
 def test_model_init(tmp_path: Path, given: dict[str, int]) -> None:
     made: list[Any] = []
 
@@ -100,7 +108,10 @@ def test_model_init(tmp_path: Path, given: dict[str, int]) -> None:
     )  # fmt: skip
     trainer.train()
     assert trainer.model is made[-1]
-    assert trainer.pruner.masks.targets["bert.encoder.layer.0.output.dense"] is made[-1].bert.encoder.layer[0].output.dense
+    assert (
+        trainer.pruner.masks.targets["bert.encoder.layer.0.output.dense"]
+        is made[-1].bert.encoder.layer[0].output.dense
+    )
     assert_same(weights_of(bert()), weights_of(trainer.teacher_model))
     assert pruned_zero(trainer)
     first = weights_of(trainer.model)
@@ -111,8 +122,8 @@ def test_model_init(tmp_path: Path, given: dict[str, int]) -> None:
 def test_model_init_with_a_given_teacher(tmp_path: Path) -> None:
     teacher = bert(5)
     trainer = SparseDistillTrainer(
-        args=SparseDistillConfig(**arguments(tmp_path, sparsity=0.5, max_steps=1)), model_init=bert, data_collator=pad,
-        train_dataset=rows("classes", 8), teacher_model=teacher,
+        args=SparseDistillConfig(**arguments(tmp_path, sparsity=0.5, max_steps=1)), model_init=lambda: bert(),
+        data_collator=pad, train_dataset=rows("classes", 8), teacher_model=teacher,
     )  # fmt: skip
     trainer.train()
     assert trainer.teacher_model is teacher
@@ -245,9 +256,10 @@ def test_a_model_that_a_bf16_trainer_has_wrapped_before_gets_a_teacher_of_its_ow
 
 def test_torch_compile_with_grafting(tmp_path: Path) -> None:
     def run(**given: Any) -> Any:
-        trainer = make_trainer(bert(0, num_hidden_layers=1), tmp_path, rows("classes", 16), bert(5, num_hidden_layers=1),
-                               sparsity=0.5, max_steps=3, hidden_weight=0.5, graft_start=0.5, graft_end=1.0,
-                               optim="sgd", extra={"data_collator": lambda batch: pad(batch, 10)}, **given)  # fmt: skip
+        student, teacher = (bert(seed, num_hidden_layers=1) for seed in (0, 5))
+        trainer = make_trainer(student, tmp_path, rows("classes", 16), teacher, sparsity=0.5, max_steps=3, optim="sgd",
+                               hidden_weight=0.5, graft_start=0.5, graft_end=1.0, extra={"data_collator": pad_to_10},
+                               **given)  # fmt: skip
         trainer.train()
         return trainer
 
@@ -289,7 +301,7 @@ def test_frozen_layers_stay_as_they_are_until_they_are_pruned(tmp_path: Path) ->
 
 def test_evaluation_during_training_leaves_the_run_as_it_was(tmp_path: Path) -> None:
     def run(**given: Any) -> dict[str, torch.Tensor]:
-        model = bert(hidden_dropout_prob=0.1)
+        model = bert()
         trainer = make_trainer(model, tmp_path, rows("classes", 16), sparsity=0.5, max_steps=4, **ALL_LOSSES,
                                extra={"eval_dataset": rows("classes", 4)}, **given)  # fmt: skip
         trainer.train()
@@ -358,3 +370,15 @@ def test_a_second_run_with_more_steps_keeps_the_masks(tmp_path: Path) -> None:
     trainer.train()
     assert kept == [True] * 5
     assert_same(masks, trainer.pruner.masks.state_dict())
+
+
+def test_weights_in_bf16_stay_in_bf16(tmp_path: Path) -> None:
+    model = bert().to(torch.bfloat16)
+    trainer = make_trainer(model, tmp_path / "run", rows("classes", 8), sparsity=0.5, max_steps=3, penalty_weight=1e-3,
+                           **ALL_LOSSES)  # fmt: skip
+    trainer.train()
+    assert pruned_zero(trainer)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    trainer.save_model(tmp_path / "final")
+    loaded = type(model).from_pretrained(tmp_path / "final", dtype="auto")
+    assert loaded.bert.encoder.layer[0].output.dense.weight.dtype == torch.bfloat16

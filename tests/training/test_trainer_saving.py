@@ -50,7 +50,9 @@ def test_a_checkpoint_is_an_ordinary_dense_one(tmp_path: Path) -> None:
     trainer = make_trainer(bert(), tmp_path, rows("classes", 8), sparsity=0.75, sparsity_end=1.0, max_steps=4,
                            penalty_weight=1e-3, save_strategy="steps", save_steps=2)  # fmt: skip
     at_2: dict[str, torch.Tensor] = {}
-    trainer.add_callback(Watch(on_step_end=lambda state: at_2.update(weights_of(trainer.model) if state.global_step == 2 else {})))
+    trainer.add_callback(
+        Watch(on_step_end=lambda state: at_2.update(weights_of(trainer.model) if state.global_step == 2 else {}))
+    )
     trainer.train()
     for step in (2, 4):
         checkpoint = tmp_path / f"checkpoint-{step}"
@@ -170,8 +172,8 @@ def test_saving_again_replaces_every_weight_file(tmp_path: Path) -> None:
 def test_a_processing_class_is_saved_with_the_model(tmp_path: Path) -> None:
     (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]))
     tokenizer = tf.BertTokenizer(str(tmp_path / "vocab.txt"))
-    trainer = make_trainer(bert(), tmp_path / "run", rows("classes", 8), sparsity=0.5, max_steps=1, save_strategy="steps",
-                           save_steps=1, extra={"processing_class": tokenizer})  # fmt: skip
+    trainer = make_trainer(bert(), tmp_path / "run", rows("classes", 8), sparsity=0.5, max_steps=1, save_steps=1,
+                           save_strategy="steps", extra={"processing_class": tokenizer})  # fmt: skip
     trainer.train()
     trainer.save_model(tmp_path / "final")
     for folder in (tmp_path / "final", tmp_path / "run" / "checkpoint-1"):
@@ -218,7 +220,9 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_previous_one_whole(tmp_path: 
     save_one(tmp_path, seed=0, pause=0)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     expected = logits(AutoModelForSequenceClassification.from_pretrained(tmp_path))
-    code = "import sys; from tests.training.test_trainer_saving import save_one; save_one(sys.argv[1], seed=1, pause=60)"
+    code = (
+        "import sys; from tests.training.test_trainer_saving import save_one; save_one(sys.argv[1], seed=1, pause=60)"
+    )
     child = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},

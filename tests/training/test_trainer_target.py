@@ -43,10 +43,36 @@ def test_pruned_blocks_are_exactly_zero_after_every_step(tmp_path: Path, setting
     assert optimizer in (settings["optim"].removesuffix("_torch"), "adamw")
 
 
+def test_gradients_of_pruned_blocks_do_not_count_in_clipping(tmp_path: Path) -> None:
+    trainer = make_trainer(bert(), tmp_path, rows("classes", 16), sparsity=0.6, sparsity_end=0.5, mask_updates=2,
+                           max_steps=5, penalty_weight=1e-2, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+                           logging_strategy="steps", logging_steps=1)  # fmt: skip
+    norms, checked = [], []
+
+    def look(state: Any) -> None:
+        norms.append(sum(p.grad.square().sum() for p in trainer.model.parameters()).sqrt().item())
+        if trainer.pruner.masks.started:
+            for name, mask in trainer.pruner.masks.masks.items():
+                gradient = trainer.pruner.masks.targets[name].weight.grad
+                checked.append(not gradient[~mask.repeat_interleave(4, 0)].any())
+
+    trainer.args.max_grad_norm = 1e9
+    trainer.add_callback(Watch(on_pre_optimizer_step=look))
+    trainer.train()
+    assert len(checked) >= 36
+    assert all(checked)
+    logged = [entry["grad_norm"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == pytest.approx(norms, rel=1e-5)
+
+
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("schedule", ["cubic", "linear", "one_shot"])
-@pytest.mark.parametrize(("steps", "start", "end"), [(1, 0.0, 1.0), (2, 0.0, 0.5), (3, 0.4, 0.4), (3, 1.0, 1.0), (5, 0.2, 0.7)])
-def test_target_is_reached_within_one_block(tmp_path: Path, scope: str, schedule: str, steps: int, start: float, end: float) -> None:
+@pytest.mark.parametrize(
+    ("steps", "start", "end"), [(1, 0.0, 1.0), (2, 0.0, 0.5), (3, 0.4, 0.4), (3, 1.0, 1.0), (5, 0.2, 0.7)]
+)
+def test_target_is_reached_within_one_block(
+    tmp_path: Path, scope: str, schedule: str, steps: int, start: float, end: float
+) -> None:
     # Odd sizes: 15 x 15 and 45 x 15 weights in blocks of 3 x 5.
     model = bert(hidden_size=15, num_attention_heads=3, intermediate_size=45, num_hidden_layers=1)
     trainer = make_trainer(
@@ -105,8 +131,12 @@ class Stop(TrainerCallback):
 
 
 def test_a_run_that_stops_early_raises(tmp_path: Path) -> None:
-    trainer = make_trainer(bert(), tmp_path, rows("classes", 8), sparsity=0.5, max_steps=8, extra={"callbacks": [Stop()]})
-    with pytest.raises(RuntimeError, match=r"ended off target: bert\.encoder\.layer\.0\S* has lost \d+ of 64 blocks.*sparsity=0\.5"):
+    trainer = make_trainer(
+        bert(), tmp_path, rows("classes", 8), sparsity=0.5, max_steps=8, extra={"callbacks": [Stop()]}
+    )
+    with pytest.raises(
+        RuntimeError, match=r"ended off target: bert\.encoder\.layer\.0\S* has lost \d+ of 64 blocks.*sparsity=0\.5"
+    ):
         trainer.train()
 
 

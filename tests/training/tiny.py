@@ -129,7 +129,9 @@ def sparse_config(folder: Path | str, **given: Any) -> SparseDistillConfig:
     return SparseDistillConfig(**arguments(folder, **given))
 
 
-def make_trainer(model: Any, folder: Path | str, data: Any, teacher: Any = None, extra: Any = None, **given: Any) -> Any:
+def make_trainer(
+    model: Any, folder: Path | str, data: Any, teacher: Any = None, extra: Any = None, **given: Any
+) -> Any:
     """A `SparseDistillTrainer` with `pad` as its collator; `extra` goes to the trainer, `given` to the config."""
     extra = {"data_collator": pad, "train_dataset": data, **(extra or {})}
     return SparseDistillTrainer(model, sparse_config(folder, **given), teacher_model=teacher, **extra)

@@ -10,6 +10,7 @@ from hf_sparse.inference.kernels.reference import activate, to_dense
 from hf_sparse.inference.kernels.registry import (
     Backend,
     BlockIndex,
+    CountsTokens,
     LayerSpec,
     backend_status,
     choose_backend,
@@ -21,6 +22,7 @@ from hf_sparse.inference.kernels.registry import (
 __all__ = [
     "Backend",
     "BlockIndex",
+    "CountsTokens",
     "LayerSpec",
     "activate",
     "backend_status",

@@ -17,9 +17,12 @@ from torch import Tensor
 from hf_sparse.inference.kernels.reference import activate
 from hf_sparse.inference.kernels.registry import BlockIndex, LayerSpec, register
 
-# Highest density at which the backend is at least as fast as F.linear at every number of tokens from 1 to 1024, by
-# block height: benchmarks/results/linear_cpu_*.json. Lower bands gather more than they multiply.
-MAX_DENSITY = {torch.float32: {32: 0.25, 16: 0.15, 8: 0.05}, torch.bfloat16: {}}
+# Microseconds of one thread, fitted to what benchmarks/linear.py measures: a dense call, a weight read, a call, a group,
+# a gathered input, an output, and the arithmetic of one weight for one token. Ratios carry over to other machines
+# better than the numbers themselves, so a win has to be clear.
+_DENSE_CALL, _DENSE_WEIGHT, _CALL, _GROUP = 8.0, 1.2e-4, 20.0, 50.0
+_GATHERED, _OUTPUT, _ARITHMETIC, _CLEAR = 1.6e-3, 3e-3, 2.7e-5, 0.9
+_TOKEN_COUNTS = tuple(2**k for k in range(13))
 
 # Twice the groups must save this share of the padded columns, or the added calls cost more than the padding.
 _GROUPING_GAIN = 0.15
@@ -40,11 +43,13 @@ class BandGroup:
         bands: [G] int64, their grid rows.
         columns: [G * K] int64, input columns band by band; padding points at column 0 and meets a zero weight.
         weight: [G, K, h].
+        in_features: I.
     """
 
     bands: Tensor
     columns: Tensor
     weight: Tensor
+    in_features: int
 
 
 class BandedBackend:
@@ -61,12 +66,20 @@ class BandedBackend:
         return True, "plain torch"
 
     def wins(self, spec: LayerSpec) -> bool:
-        """Where it is measured to be at least as fast as dense; that was measured on the CPU alone."""
-        if spec.device.type != "cpu":
+        """Where it may beat dense from some number of tokens on: `from_tokens` knows. Measured on the CPU alone."""
+        if spec.device.type != "cpu" or spec.dtype != torch.float32:
             return False
-        limits = MAX_DENSITY.get(spec.dtype, {})
-        reached = [density for height, density in limits.items() if spec.layer.block_shape[0] >= height]
-        return spec.density <= max(reached, default=-1.0)
+        height = spec.layer.block_shape[0]
+        return spec.density * (_GATHERED + _ARITHMETIC * height) <= _CLEAR * _ARITHMETIC * height
+
+    def from_tokens(self, state: list[BandGroup]) -> int | None:
+        """Give the number of tokens from which it is measured to beat dense; None where it never does."""
+        best = None
+        for tokens in reversed(_TOKEN_COUNTS):
+            if _sparse_time(state, tokens) > _CLEAR * _dense_time(state, tokens):
+                break
+            best = tokens
+        return best
 
     def prepare(self, values: Tensor, index: BlockIndex) -> list[BandGroup]:
         """Pack the bands, group by group."""
@@ -86,6 +99,20 @@ class BandedBackend:
             for group in state:
                 _multiply(x[part], group, by_band, y[part])
         return activate(y.view(x.shape[0], num_bands * height), activation)
+
+
+def _dense_time(state: list[BandGroup], tokens: int) -> float:
+    rows = sum(group.weight.shape[0] * group.weight.shape[2] for group in state)
+    weights = rows * state[0].in_features
+    return _DENSE_CALL + weights * max(_DENSE_WEIGHT, _ARITHMETIC * tokens)
+
+
+def _sparse_time(state: list[BandGroup], tokens: int) -> float:
+    height = state[0].weight.shape[2]
+    columns = sum(group.columns.numel() for group in state)
+    rows = sum(group.weight.shape[0] for group in state) * height
+    per_token = columns * (_GATHERED + _ARITHMETIC * height) + rows * _OUTPUT
+    return _CALL + _GROUP * len(state) + tokens * per_token
 
 
 def _group(counts: Tensor) -> list[Tensor]:
@@ -113,7 +140,12 @@ def _pack_group(values: Tensor, index: BlockIndex, bands: Tensor, counts: Tensor
     weight[at] = values[mine].transpose(1, 2)
     columns = index.cols.new_zeros(size, longest, w)
     columns[at] = index.cols[mine, None] * w + torch.arange(w, device=values.device)
-    return BandGroup(bands=bands, columns=columns.reshape(-1), weight=weight.reshape(size, longest * w, h))
+    return BandGroup(
+        bands=bands,
+        columns=columns.reshape(-1),
+        weight=weight.reshape(size, longest * w, h),
+        in_features=index.layer.dense_shape[1],
+    )
 
 
 def _multiply(x: Tensor, group: BandGroup, bias: Tensor | None, y: Tensor) -> None:

@@ -4,10 +4,11 @@ A block of h rows x w columns is w adjacent columns of a band of h rows, so that
 each band the input columns that it keeps, and for each of those h weights. Blocks h x 1 are stored in it already.
 
 Kernels that multiply pairs of bfloat16 take two columns per step: neighbours 2c and 2c + 1 where w is even, otherwise
-couples of any two, with a weight of zero to fill up a band of odd length.
+couples of any two, with a weight of zero to fill up a band of odd length. Row segments 1 x w are vectors as they
+stand: a step is as many of their columns as fill a register.
 
 Shape letters: O, I out and in features; h, w block height and width; R bands; N kept blocks; K = N * w kept columns;
-S steps.
+S steps; V columns of a segment step.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ class Bands:
     """A weight in bands.
 
     Attributes:
-        values: [S, h] float32, or [S, h, 2] bfloat16 for pairs.
+        values: [S, h] float32; [S, h, 2] bfloat16 for pairs; [S, 1, V] float32 for segments.
         band_start: [R + 1] int32; band r takes the steps band_start[r] to band_start[r + 1].
-        column: [S] int32, the column of each step, or half the first one for neighbours; [S, 2] for couples.
+        column: [S] int32, the column of each step, the first one for segments, half the first for neighbours; [S, 2]
+            for couples.
     """
 
     values: Tensor
@@ -39,20 +41,21 @@ class Bands:
 
     @property
     def kind(self) -> str:
-        """How the native library calls the layout: "single", "neighbours" or "couples"."""
-        if self.values.ndim == 2:
-            return "single"
-        return "neighbours" if self.column.ndim == 1 else "couples"
+        """How the native library calls the layout: "single", "neighbours", "couples" or "segments"."""
+        if self.values.dtype == torch.bfloat16:
+            return "neighbours" if self.column.ndim == 1 else "couples"
+        return "single" if self.values.ndim == 2 else "segments"
 
 
-def to_bands(values: Tensor, index: BlockIndex, pairs: bool) -> Bands:
+def to_bands(values: Tensor, index: BlockIndex, *, lanes: int = 0, pairs: bool = False) -> Bands:
     """Lay stored blocks out in bands.
 
     Args:
-        values: [N, h, w] on the CPU, float32 or bfloat16.
+        values: [N, h, w] on the CPU, float32 or bfloat16. Float32 blocks of width 1 or height 1 are not copied.
         index: where they belong.
-        pairs: True for pairs of bfloat16. Otherwise float32 weights, one column per step; blocks of width 1 and
-            dtype float32 then share the memory of `values`.
+        lanes: floats in a register, 4, 8 or 16: segments are made of blocks of height 1 whose width is a multiple
+            of 4. 0 makes none.
+        pairs: whether to make pairs of bfloat16 of what is no segment.
 
     Raises:
         FormatError: if the weight has too many columns for 32-bit indices.
@@ -61,7 +64,7 @@ def to_bands(values: Tensor, index: BlockIndex, pairs: bool) -> Bands:
         >>> from hf_sparse.core.packing import LayerFormat
         >>> layer = LayerFormat(block_shape=(1, 1), kept=3, dense_shape=(2, 9))
         >>> index = BlockIndex(layer=layer, rows=torch.tensor([0, 1, 1]), cols=torch.tensor([8, 0, 5]))
-        >>> bands = to_bands(torch.tensor([4.0, 5.0, 6.0]).view(3, 1, 1), index, pairs=False)
+        >>> bands = to_bands(torch.tensor([4.0, 5.0, 6.0]).view(3, 1, 1), index)
         >>> bands.band_start.tolist(), bands.column.tolist(), bands.values.tolist()
         ([0, 1, 3], [8, 0, 5], [[4.0], [5.0], [6.0]])
     """
@@ -71,15 +74,20 @@ def to_bands(values: Tensor, index: BlockIndex, pairs: bool) -> Bands:
             f"{index.cols.numel()} kept blocks of {height} x {width} in a weight {index.layer.dense_shape} do not fit "
             f"32-bit indices."
         )
-    counts = torch.bincount(index.rows, minlength=index.layer.grid[0]) * width
+    values, counts = values.detach(), torch.bincount(index.rows, minlength=index.layer.grid[0])
+    segment = next((v for v in (16, 8, 4) if v <= lanes and height == 1 and width % v == 0), 0)
+    if segment:
+        packed = values.reshape(-1, 1, segment).to(torch.float32).contiguous()
+        starts = _starts(counts * (width // segment))
+        return Bands(packed, starts, _columns(index.cols, width, step=segment))
     if not pairs:
-        packed = values.detach().transpose(1, 2).reshape(-1, height)
-        return Bands(packed.to(torch.float32).contiguous(), _starts(counts), _columns(index.cols, width))
-    halves = values.detach().to(torch.bfloat16)
+        packed = values.transpose(1, 2).reshape(-1, height).to(torch.float32).contiguous()
+        return Bands(packed, _starts(counts * width), _columns(index.cols, width))
+    halves = values.to(torch.bfloat16)
     if width % 2 == 0:
-        packed = halves.unflatten(2, (width // 2, 2)).transpose(1, 2).reshape(-1, height, 2)
-        return Bands(packed.contiguous(), _starts(counts // 2), _columns(index.cols, width // 2))
-    return _couples(halves.transpose(1, 2).reshape(-1, height), counts, _columns(index.cols, width))
+        packed = halves.unflatten(2, (width // 2, 2)).transpose(1, 2).reshape(-1, height, 2).contiguous()
+        return Bands(packed, _starts(counts * (width // 2)), _columns(index.cols, width // 2))
+    return _couples(halves.transpose(1, 2).reshape(-1, height), counts * width, _columns(index.cols, width))
 
 
 def _couples(values: Tensor, counts: Tensor, column: Tensor) -> Bands:
@@ -96,7 +104,7 @@ def _couples(values: Tensor, counts: Tensor, column: Tensor) -> Bands:
     odd = (counts % 2).bool()
     last = 2 * starts.long()[1:][odd] - 1
     columns[last] = columns[last - 1]
-    return Bands(packed.view(steps, 2, -1).transpose(1, 2).contiguous(), starts, columns.view(steps, 2))
+    return Bands(packed.view(steps, 2, values.shape[1]).transpose(1, 2).contiguous(), starts, columns.view(steps, 2))
 
 
 def _starts(counts: Tensor) -> Tensor:
@@ -105,5 +113,5 @@ def _starts(counts: Tensor) -> Tensor:
     return starts.int()
 
 
-def _columns(cols: Tensor, width: int) -> Tensor:
-    return (cols[:, None] * width + torch.arange(width)).reshape(-1).int()
+def _columns(cols: Tensor, width: int, step: int = 1) -> Tensor:
+    return (cols[:, None] * width + torch.arange(0, width, step)).reshape(-1).int()

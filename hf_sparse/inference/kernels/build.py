@@ -110,7 +110,15 @@ def _compile(
         def compile_kernel(isa: str) -> BuildError | None:
             lanes, isa_flags = sets[isa]
             defines = [f"-DHFS_ISA={isa}", f"-DHFS_LANES={lanes}"]
-            command = [compiler, *flags, *KERNEL_FLAGS, *isa_flags, *defines, "-c", SOURCES / "kernel.cpp"]
+            command: list[str | Path] = [
+                compiler,
+                *flags,
+                *KERNEL_FLAGS,
+                *isa_flags,
+                *defines,
+                "-c",
+                SOURCES / "kernel.cpp",
+            ]
             try:
                 _run([*command, "-o", objects[isa]])
             except BuildError as error:

@@ -93,7 +93,8 @@ class CpuBackend:
             ValueError: if the library is not live or lacks the instruction set.
         """
         isa = self._isa or library.choose_isa()
-        bands = to_bands(values, index, pairs=values.dtype == torch.bfloat16 and isa == PAIRS_ISA)
+        pairs = values.dtype == torch.bfloat16 and isa == PAIRS_ISA
+        bands = to_bands(values, index, lanes=library.LANES[isa], pairs=pairs)
         return check_bands(bands, in_features=index.layer.dense_shape[1], dtype=values.dtype, isa=isa, form=self._form)
 
     def run(self, x: Tensor, state: CpuWeight, bias: Tensor | None, activation: str | None) -> Tensor:
@@ -129,24 +130,20 @@ def check_bands(bands: Bands, *, in_features: int, dtype: torch.dtype, isa: str,
     handle = library.load_library().handle
     if handle is None:
         raise ValueError(f"the cpu backend cannot be used: {library.load_library().reason}")
-    pairs = bands.values.ndim == 3
-    for name, tensor, kind, dims in (
-        ("values", bands.values, torch.bfloat16 if pairs else torch.float32, (2, 3)),
-        ("band_start", bands.band_start, torch.int32, (1,)),
-        ("column", bands.column, torch.int32, (1, 2) if pairs else (1,)),
+    pairs = bands.values.dtype == torch.bfloat16
+    for name, tensor, kinds, dims in (
+        ("values", bands.values, (torch.float32, torch.bfloat16), (3,) if pairs else (2, 3)),
+        ("band_start", bands.band_start, (torch.int32,), (1,)),
+        ("column", bands.column, (torch.int32,), (1, 2) if pairs else (1,)),
     ):
-        if tensor.dtype != kind or tensor.ndim not in dims or not tensor.is_cpu or not tensor.is_contiguous():
+        if tensor.dtype not in kinds or tensor.ndim not in dims or not tensor.is_cpu or not tensor.is_contiguous():
             raise FormatError(
-                f"{name} must be a contiguous {kind} CPU tensor of {' or '.join(map(str, dims))} dimensions, found "
-                f"{tensor.dtype} of shape {list(tensor.shape)} on {tensor.device}."
+                f"{name} must be a contiguous CPU tensor of {' or '.join(map(str, dims))} dimensions and type "
+                f"{' or '.join(map(str, kinds))}, found {tensor.dtype} {list(tensor.shape)} on {tensor.device}."
             )
-    steps, height = bands.values.shape[:2]
+    steps, height, *rest = bands.values.shape
     rows = (bands.band_start.shape[0] - 1) * height
-    if (
-        rows < 0
-        or tuple(bands.column.shape) not in ((steps,), (steps, 2))
-        or tuple(bands.values.shape[2:]) not in ((), (2,))
-    ):
+    if rows < 0 or tuple(bands.column.shape) not in ((steps,), (steps, 2)) or (pairs and rest != [2]):
         raise FormatError(
             f"values {list(bands.values.shape)}, band_start {list(bands.band_start.shape)} and column "
             f"{list(bands.column.shape)} do not belong together."
@@ -155,6 +152,7 @@ def check_bands(bands: Bands, *, in_features: int, dtype: torch.dtype, isa: str,
         out_features=rows,
         in_features=in_features,
         height=height,
+        width=rest[0] if rest and not pairs else 1,
         steps=steps,
         band_start=bands.band_start.data_ptr(),
         column=bands.column.data_ptr(),

@@ -19,9 +19,10 @@ ENV_ISA = "HF_SPARSE_ISA"
 # Mirrors of native/hf_sparse_kernels.h; HFS_ABI changes with it.
 ABI = 1
 ISAS = ("portable", "avx2", "avx512", "avx512bf16")
+LANES = {"portable": 4, "avx2": 8, "avx512": 16, "avx512bf16": 16}
 ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "relu": 4}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-KINDS = {"single": 0, "neighbours": 1, "couples": 2}
+KINDS = {"single": 0, "neighbours": 1, "couples": 2, "segments": 3}
 FORMS = {"auto": 0, "rows": 1, "lanes": 2}
 STATUS = {
     1: "an argument is out of range",
@@ -38,6 +39,7 @@ class Weight(ctypes.Structure):
         ("out_features", ctypes.c_int64),
         ("in_features", ctypes.c_int64),
         ("height", ctypes.c_int64),
+        ("width", ctypes.c_int64),
         ("steps", ctypes.c_int64),
         ("band_start", ctypes.c_void_p),
         ("column", ctypes.c_void_p),

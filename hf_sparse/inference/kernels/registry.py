@@ -8,7 +8,7 @@ import logging
 import os
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -103,6 +103,14 @@ class Backend(Protocol):
 
     def run(self, x: Tensor, state: Any, bias: Tensor | None, activation: str | None) -> Tensor:
         """Compute [M, O] from x [M, I], any strides, M >= 0, with the state that `prepare` gave."""
+
+
+@runtime_checkable
+class CountsTokens(Protocol):
+    """A backend that loses to dense where tokens are few; "auto" then runs those calls dense."""
+
+    def from_tokens(self, state: Any) -> int | None:
+        """Give the number of tokens from which it is measured to beat dense; None where it never does."""
 
 
 _BACKENDS: dict[str, Backend] = {}

@@ -14,7 +14,7 @@ from hf_sparse.inference.kernels.library import load_library
 from hf_sparse.inference.kernels.registry import BlockIndex
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def native_library() -> None:
     """Skip where the kernels cannot be built; where they could have been, a missing library is a failure."""
     library = load_library()

@@ -23,6 +23,8 @@ def decode(bands: Bands, dense_shape: tuple[int, int]) -> Tensor:
             column, values = bands.column[step], bands.values[step].float()
             if bands.kind == "single":
                 dense[rows, column] += values
+            elif bands.kind == "segments":
+                dense[rows, column : column + values.shape[1]] += values
             else:
                 pair = [2 * int(column), 2 * int(column) + 1] if bands.kind == "neighbours" else column.tolist()
                 for half in (0, 1):
@@ -42,7 +44,7 @@ def test_bands_hold_the_weight(dense_shape: tuple[int, int], block_shape: tuple[
     for seed in range(3):
         values, index = random_layer(dense_shape, block_shape, density, seed=seed, dtype=torch.bfloat16)
         expected = to_dense(values, index).float()
-        single, pairs = (to_bands(values, index, pairs=pairs) for pairs in (False, True))
+        single, pairs = to_bands(values, index), to_bands(values, index, pairs=True)
         assert single.kind == "single" and single.values.dtype == torch.float32
         assert pairs.kind == ("couples" if block_shape[1] % 2 else "neighbours")
         for bands in (single, pairs):
@@ -53,9 +55,25 @@ def test_bands_hold_the_weight(dense_shape: tuple[int, int], block_shape: tuple[
         assert kept <= 2 * pairs.values.shape[0] <= kept + index.layer.grid[0]
 
 
+@pytest.mark.parametrize(("width", "lanes", "step"), [(4, 16, 4), (8, 4, 4), (24, 8, 8), (24, 16, 8), (32, 16, 16)])
+def test_segments_fill_registers(width: int, lanes: int, step: int) -> None:
+    for density in (0.0, 0.3, 1.0):
+        values, index = random_layer((10, 96), (1, width), density, seed=0, dtype=torch.float32)
+        bands = to_bands(values, index, lanes=lanes, pairs=True)
+        assert bands.kind == "segments" and bands.values.shape[1:] == (1, step)
+        assert torch.equal(decode(bands, (10, 96)), to_dense(values, index))
+        assert bands.values.data_ptr() == values.data_ptr()
+
+
+def test_what_is_no_segment() -> None:
+    for block, lanes in (((1, 6), 16), ((2, 8), 16), ((1, 8), 0)):
+        values, index = random_layer((12, 24), block, 0.5, seed=0, dtype=torch.float32)
+        assert to_bands(values, index, lanes=lanes).kind == "single"
+
+
 def test_a_weight_too_large_for_32_bit_indices_is_refused() -> None:
     layer = LayerFormat(block_shape=(1, 2**20), kept=2**11, dense_shape=(2**11, 2**20))
     index = BlockIndex(layer=layer, rows=torch.arange(2**11), cols=torch.zeros(2**11, dtype=torch.int64))
     values = torch.zeros(1, 1, 1).expand(2**11, 1, 2**20)
     with pytest.raises(FormatError, match="2048 kept blocks of 1 x 1048576 .* do not fit 32-bit indices"):
-        to_bands(values, index, pairs=False)
+        to_bands(values, index)

@@ -17,6 +17,8 @@ from hf_sparse.inference.kernels.reference import activate, to_dense
 from hf_sparse.inference.kernels.registry import BlockIndex, LayerSpec, get_backend
 from tests.inference.kernels.conftest import random_layer
 
+pytestmark = pytest.mark.usefixtures("native_library")
+
 ISAS = library.load_library().isas or ("portable",)
 
 # (O, I, h, w): every supported height, heights that are cut (24, 48, 64), odd ones, widths above one, row segments,
@@ -24,7 +26,16 @@ ISAS = library.load_library().isas or ("portable",)
 SHAPES = [
     *((16, 16, 1, 1), (34, 23, 2, 1), (36, 31, 4, 1), (40, 33, 8, 1), (48, 40, 16, 1), (64, 37, 32, 1)),
     *((96, 50, 4, 2), (64, 66, 8, 2), (33, 21, 3, 1), (72, 31, 24, 1), (48, 64, 48, 1), (128, 33, 64, 1)),
-    *((40, 24, 1, 8), (6, 64, 1, 32), (12, 30, 2, 3), (64, 96, 32, 32), (48, 64, 16, 16), (35, 20, 5, 4)),
+    *(
+        (40, 24, 1, 8),
+        (6, 64, 1, 32),
+        (37, 36, 1, 4),
+        (20, 1024, 1, 16),
+        (12, 30, 2, 3),
+        (64, 96, 32, 32),
+        (48, 64, 16, 16),
+        (35, 20, 5, 4),
+    ),
     *((1, 1, 1, 1), (1, 40, 1, 1), (200, 1, 8, 1), (7, 12, 7, 12)),
 ]
 TOKENS = (0, 1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 15, 16, 17, 24, 31, 33, 48, 49, 100, 130)
@@ -314,13 +325,14 @@ def test_tensors_of_another_kind_are_refused() -> None:
         ("column", torch.zeros(10, 1, dtype=torch.int32)),
         ("column", torch.zeros(10, dtype=torch.int32, device="meta")),
     ):
-        with pytest.raises(FormatError, match=f"{name} must be a contiguous"):
+        with pytest.raises(FormatError, match=f"{name} must be a contiguous CPU tensor"):
             _make({**_raw(), name: wrong})
     for name, wrong in (
         ("column", torch.zeros(9, dtype=torch.int32)),
         ("band_start", torch.zeros(0, dtype=torch.int32)),
         ("values", torch.zeros(10, 4, 3, dtype=torch.bfloat16)),
         ("values", torch.zeros(5, 4, 2, dtype=torch.bfloat16)),
+        ("values", torch.zeros(9, 1, 4)),
     ):
         with pytest.raises(FormatError, match=r"values \[.*\], band_start \[.*\] and column \[.*\] do not belong"):
             _make({**_raw(), name: wrong})

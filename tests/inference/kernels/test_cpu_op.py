@@ -11,6 +11,8 @@ from hf_sparse.inference.kernels.cpu import CpuBackend
 from hf_sparse.inference.kernels.reference import activate, to_dense
 from tests.inference.kernels.conftest import random_layer
 
+pytestmark = pytest.mark.usefixtures("native_library")
+
 
 class Layer(nn.Module):
     """One layer on the cpu backend."""

@@ -38,12 +38,14 @@ def test_a_damaged_library_is_refused(tmp_path: Path) -> None:
     assert "does not load" in library._load(path).reason
 
 
+@pytest.mark.usefixtures("native_library")
 def test_a_library_from_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "ABI", 0)
     loaded = library._load(library.LIBRARY)
     assert loaded.handle is None and "not 0; run pip install again" in loaded.reason
 
 
+@pytest.mark.usefixtures("native_library")
 def test_the_portable_kernels_are_always_there() -> None:
     assert library.load_library().isas[0] == "portable"
 
@@ -71,6 +73,7 @@ assert len(runtimes) == 1, runtimes
 """
 
 
+@pytest.mark.usefixtures("native_library")
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
 def test_one_openmp_runtime_with_the_threads_that_torch_was_told() -> None:
     assert library.load_library().threaded, library.load_library().reason

@@ -96,23 +96,30 @@ void hfs_set_parallel(hfs_parallel_fn gomp_parallel) { parallel = gomp_parallel;
 
 int hfs_check(const hfs_weight* w) {
     const int64_t most = INT32_MAX;
-    const bool pairs = w->kind != HFS_SINGLE;
+    const bool pairs = w->kind == HFS_NEIGHBOURS || w->kind == HFS_COUPLES, segments = w->kind == HFS_SEGMENTS;
     if (w->out_features < 0 || w->out_features > most || w->in_features < 0 || w->in_features > most ||
-        w->height < 1 || w->out_features % w->height || w->steps < 0 || w->steps > most || w->form < HFS_AUTO ||
-        w->form > HFS_LANES_FORM || (w->dtype != HFS_FLOAT32 && w->dtype != HFS_BFLOAT16) || w->kind < HFS_SINGLE ||
-        w->kind > HFS_COUPLES || (pairs && w->dtype != HFS_BFLOAT16) ||
-        (w->kind == HFS_NEIGHBOURS && w->in_features % 2) || !w->band_start || (w->steps && (!w->column || !w->values))) {
+        w->height < 1 || w->out_features % w->height || w->steps < 0 || w->steps > most || !w->band_start ||
+        (w->steps && (!w->column || !w->values))) {
+        return HFS_BAD_ARGUMENT;
+    }
+    if (w->form < HFS_AUTO || w->form > HFS_LANES_FORM || (w->dtype != HFS_FLOAT32 && w->dtype != HFS_BFLOAT16) ||
+        w->kind < HFS_SINGLE || w->kind > HFS_SEGMENTS || (pairs && w->dtype != HFS_BFLOAT16) ||
+        (w->kind == HFS_NEIGHBOURS && w->in_features % 2)) {
         return HFS_BAD_ARGUMENT;
     }
     if (!hfs_isa_available(w->isa) || (pairs && !PAIRS[w->isa])) return HFS_NO_ISA;
+    const int64_t lanes = w->isa == HFS_PORTABLE ? 4 : w->isa == HFS_AVX2 ? 8 : 16, width = w->width;
+    if (segments ? w->height != 1 || (width != 4 && width != 8 && width != 16) || width > lanes : width != 1) {
+        return HFS_BAD_ARGUMENT;
+    }
     const int64_t bands = w->out_features / w->height;
     if (w->band_start[0] != 0 || w->band_start[bands] != w->steps) return HFS_BAD_INDEX;
     bool ok = true;
     for (int64_t b = 0; b < bands; b++) ok &= w->band_start[b] <= w->band_start[b + 1];
-    // One unsigned comparison refuses negative columns too.
-    const uint32_t limit = (uint32_t)(w->kind == HFS_NEIGHBOURS ? w->in_features / 2 : w->in_features);
+    // Columns below this are inside with all that a step reads. One unsigned comparison refuses negative ones too.
+    const int64_t limit = w->kind == HFS_NEIGHBOURS ? w->in_features / 2 : w->in_features - width + 1;
     const int64_t columns = w->kind == HFS_COUPLES ? 2 * w->steps : w->steps;
-    for (int64_t j = 0; j < columns; j++) ok &= (uint32_t)w->column[j] < limit;
+    for (int64_t j = 0; j < columns; j++) ok &= (uint32_t)w->column[j] < (limit > 0 ? (uint32_t)limit : 0);
     return ok ? HFS_OK : HFS_BAD_INDEX;
 }
 
@@ -123,7 +130,7 @@ int hfs_linear(const hfs_weight* weight, const void* bias, const void* x, int64_
         return HFS_BAD_ARGUMENT;
     }
     const hfs_call call = {bias, x, x_stride, y, tokens, activation, threads};
-    return (weight->kind == HFS_SINGLE ? SINGLE : PAIRS)[weight->isa](*weight, call);
+    return (weight->kind == HFS_SINGLE || weight->kind == HFS_SEGMENTS ? SINGLE : PAIRS)[weight->isa](*weight, call);
 }
 
 }  // extern "C"

@@ -26,19 +26,22 @@ enum hfs_status { HFS_OK = 0, HFS_BAD_ARGUMENT = 1, HFS_BAD_INDEX = 2, HFS_NO_IS
 // SINGLE: float32; a step is one column.
 // NEIGHBOURS: pairs of bfloat16; a step is the columns 2 c and 2 c + 1, stored as c. in_features must be even.
 // COUPLES: pairs of bfloat16; a step is any two columns, stored as both. A column may appear with a weight of zero.
-// The last two need bfloat16 activations and an instruction set that multiplies them.
-enum hfs_kind { HFS_SINGLE = 0, HFS_NEIGHBOURS = 1, HFS_COUPLES = 2 };
+// SEGMENTS: float32; a step is `width` neighbouring columns of one row, stored as the first. height must be 1, width
+// 4, 8 or 16 and at most what a register of the instruction set holds.
+// Pairs need bfloat16 activations and an instruction set that multiplies them.
+enum hfs_kind { HFS_SINGLE = 0, HFS_NEIGHBOURS = 1, HFS_COUPLES = 2, HFS_SEGMENTS = 3 };
 
 // A weight [out_features, in_features] cut into bands of `height` output rows. Band b takes the steps
-// band_start[b] .. band_start[b + 1]; values holds, for each step, `height` words of four bytes, one per row.
+// band_start[b] .. band_start[b + 1]; values holds, for each step, height * width words of four bytes.
 struct hfs_weight {
     int64_t out_features;
     int64_t in_features;
     int64_t height;
+    int64_t width;  // of a segment; 1 for the other kinds
     int64_t steps;
     const int32_t* band_start;  // [out_features / height + 1]
     const int32_t* column;      // [steps], or [steps, 2] for COUPLES
-    const void* values;         // [steps, height]
+    const void* values;         // [steps, height], or [steps, width] for SEGMENTS
     int32_t kind;               // hfs_kind
     int32_t dtype;              // hfs_dtype of x, y and bias
     int32_t isa;                // hfs_isa

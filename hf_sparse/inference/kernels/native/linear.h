@@ -1,64 +1,20 @@
 // y = activation(x @ weight.T + bias) for one instruction set: the two forms, cut into pieces of work.
 #pragma once
-#include "kernel.h"
 #include "lanes.h"
+#include "panels.h"
 #include "parallel.h"
 #include "rows.h"
+#include "segments.h"
 
 namespace HFS_ISA {
 
-constexpr int64_t PANEL_ROWS = 32;  // rows of a band computed together; higher bands are cut
-constexpr int64_t STRIP_ROWS = 16;  // rows of results that leave lane order together
-constexpr int MAX_VECTORS = 8;      // vectors of tokens per group
-
-// The rows of a weight as panels (at most PANEL_ROWS rows of one band) and units (panels that fill a strip).
-struct Panels {
-    const hfs_weight& weight;
-    int64_t per_band, count, per_unit, units;
-
-    explicit Panels(const hfs_weight& w) : weight(w) {
-        per_band = (w.height + PANEL_ROWS - 1) / PANEL_ROWS;
-        count = w.out_features / w.height * per_band;
-        per_unit = w.height < STRIP_ROWS ? (STRIP_ROWS + w.height - 1) / w.height : 1;
-        units = (count + per_unit - 1) / per_unit;
-    }
-    int64_t first_of_unit(int64_t unit) const { return unit * per_unit < count ? unit * per_unit : count; }
-    int64_t row(int64_t panel) const { return panel / per_band * weight.height + panel % per_band * PANEL_ROWS; }
-    int64_t rows(int64_t panel) const {
-        const int64_t left = weight.height - panel % per_band * PANEL_ROWS;
-        return left < PANEL_ROWS ? left : PANEL_ROWS;
-    }
-};
+constexpr int MAX_VECTORS = 8;  // vectors of tokens per group
 
 // Vectors of tokens per group: as many as still leave a full register file for the rows of a band.
 static int max_vectors(int64_t height) {
     if (LANES == 16) return height >= 8 ? 3 : height >= 4 ? 6 : MAX_VECTORS;
     return height >= 4 ? 3 : height >= 2 ? 6 : MAX_VECTORS;
 }
-
-// One call: the weight in panels, and the tensors with their types.
-template <typename Kind>
-struct Linear {
-    typedef typename Kind::X X;
-    typedef typename Kind::Word Word;
-    const hfs_weight& weight;
-    Panels panels;
-    const float* bias;
-    const X* x;
-    int64_t x_stride;
-    int64_t tokens;
-    int activation, threads;
-
-    Band band(int64_t panel) const {
-        const int64_t b = panel / panels.per_band, start = weight.band_start[b];
-        return {weight.column + start * Kind::COLUMNS, weight.band_start[b + 1] - start, weight.height};
-    }
-    const Word* values(int64_t panel) const {
-        const int64_t start = weight.band_start[panel / panels.per_band];
-        return (const Word*)weight.values + start * weight.height + panel % panels.per_band * PANEL_ROWS;
-    }
-    const float* bias_of(int64_t panel) const { return bias ? bias + panels.row(panel) : nullptr; }
-};
 
 // Units [first, last) for one packed group of tokens that begins at token `head`.
 template <typename Kind, int T, int W>
@@ -172,14 +128,6 @@ static void rows_linear(const Linear<Kind>& call, float* y) {
     });
 }
 
-// Copy a row from one type to the other.
-template <typename From, typename To>
-static void convert_row(const From* from, int64_t count, To* to) {
-    int64_t k = 0;
-    for (; k + LANES <= count; k += LANES) write<LANES>(to + k, read<LANES>(from + k));
-    for (; k < count; k++) write<1>(to + k, read<1>(from + k));
-}
-
 // Few tokens of bfloat16: the results, and for float32 weights the activations too, pass through float32 copies.
 template <typename Kind>
 static int rows_linear_bf16(const Linear<Kind>& call, bf16* y) {
@@ -222,10 +170,19 @@ static int linear(const hfs_weight& weight, const hfs_call& call) {
         convert_row((const bf16*)call.bias, weight.out_features, wide);
         bias = wide;
     }
-    const double work = (double)weight.steps * (double)weight.height * (double)call.tokens;
+    const double work = (double)weight.steps * (double)weight.height * (double)weight.width * (double)call.tokens;
     const Linear<Kind> job = {weight, Panels(weight), bias, (const X*)call.x, call.x_stride, call.tokens,
                               call.activation, work < PARALLEL_WORK ? 1 : call.threads};
     X* y = (X*)call.y;
+#if !defined(HFS_PAIRS)
+    if (weight.kind == HFS_SEGMENTS) {
+        if (weight.width == 4) return segments_linear<4>(job, y);
+        if constexpr (LANES >= 16) {
+            if (weight.width == 16) return segments_linear<16>(job, y);
+        }
+        if constexpr (LANES >= 8) return segments_linear<8>(job, y);
+    }
+#endif
     const bool lanes = weight.form == HFS_AUTO
                            ? prefer_lanes(weight, call.x_stride * (int64_t)sizeof(X), call.tokens)
                            : weight.form == HFS_LANES_FORM;

@@ -72,7 +72,7 @@ struct Buffer {
 };
 
 struct Case {
-    int out_features, in_features, height, isa, kind, dtype, form, tokens, activation, threads;
+    int out_features, in_features, height, width, isa, kind, dtype, form, tokens, activation, threads;
     bool bias;
     double density;
     unsigned seed;
@@ -81,21 +81,22 @@ struct Case {
 void run(const Case& c) {
     std::mt19937 random(c.seed);
     std::uniform_real_distribution<float> number(-1, 1), chance(0, 1);
-    const int bands = c.out_features / c.height, per_step = c.kind == HFS_SINGLE ? 1 : 2;
+    const bool pairs = c.kind == HFS_NEIGHBOURS || c.kind == HFS_COUPLES;
+    const int bands = c.out_features / c.height, per_step = pairs ? 2 : 1;
     std::vector<double> dense((size_t)c.out_features * c.in_features);
     std::vector<int32_t> start{0}, column;
     std::vector<uint32_t> values;
     for (int b = 0; b < bands; b++) {
         std::vector<int> kept;
-        const int step = c.kind == HFS_NEIGHBOURS ? 2 : 1;
-        for (int k = 0; k < c.in_features; k += step) {
+        const int step = c.kind == HFS_NEIGHBOURS ? 2 : c.width;
+        for (int k = 0; k + step <= c.in_features; k += step) {
             if (chance(random) >= c.density) continue;
             for (int i = 0; i < step; i++) kept.push_back(k + i);
         }
         const size_t filled = kept.size();
         if (c.kind == HFS_COUPLES && filled % 2) kept.push_back(kept.back());
         for (size_t j = 0; j < kept.size(); j += per_step) {
-            column.push_back(c.kind == HFS_NEIGHBOURS ? kept[j] / 2 : kept[j]);
+            if (j % c.width == 0) column.push_back(c.kind == HFS_NEIGHBOURS ? kept[j] / 2 : kept[j]);
             if (c.kind == HFS_COUPLES) column.push_back(kept[j + 1]);
             for (int r = 0; r < c.height; r++) {
                 uint32_t word = 0;
@@ -103,8 +104,8 @@ void run(const Case& c) {
                     float w = j + half < filled ? number(random) : 0.0f;
                     if (c.dtype == HFS_BFLOAT16) w = from_bf16(to_bf16(w));
                     dense[(size_t)(b * c.height + r) * c.in_features + kept[j + half]] += w;
-                    if (per_step == 1) memcpy(&word, &w, 4);
-                    if (per_step == 2) word |= (uint32_t)to_bf16(w) << 16 * half;
+                    if (!pairs) memcpy(&word, &w, 4);
+                    if (pairs) word |= (uint32_t)to_bf16(w) << 16 * half;
                 }
                 values.push_back(word);
             }
@@ -124,8 +125,9 @@ void run(const Case& c) {
     for (size_t i = 0; i < y.size; i++) y.set(i, NAN);
     for (size_t i = 0; i < bias.size; i++) bias.set(i, number(random));
 
-    hfs_weight weight = {c.out_features, c.in_features, c.height, start.back(), starts.get(), columns.get(),
-                         words.get(),    c.kind,        c.dtype,  c.isa,        c.form};
+    hfs_weight weight = {c.out_features, c.in_features, c.height, c.width, start.back(), 
+                         starts.get(),   columns.get(), words.get(), c.kind,
+                         c.dtype,        c.isa,         c.form};
     int status = hfs_check(&weight);
     if (!status) {
         status = hfs_linear(&weight, c.bias ? bias.bytes.get() : nullptr, x.bytes.get(), stride, y.bytes.get(),
@@ -149,9 +151,9 @@ void run(const Case& c) {
     cases++;
     if (!(worst <= 1)) {
         failures++;
-        printf("FAILED %dx%d height %d isa %d kind %d dtype %d form %d tokens %d activation %d threads %d density %.1f "
+        printf("FAILED %dx%d height %d width %d isa %d kind %d dtype %d form %d tokens %d activation %d threads %d density %.1f "
                "bias %d: status %d, error %.3g of the tolerance\n",
-               c.out_features, c.in_features, c.height, c.isa, c.kind, c.dtype, c.form, c.tokens, c.activation,
+               c.out_features, c.in_features, c.height, c.width, c.isa, c.kind, c.dtype, c.form, c.tokens, c.activation,
                c.threads, c.density, c.bias, status, worst);
     }
 }
@@ -168,7 +170,7 @@ void refusals() {
     const int32_t start[] = {0, 1, 2}, column[] = {0, 3};
     const float values[] = {1, 2, 3, 4}, x[] = {1, 2, 3, 4};
     float y[4];
-    const hfs_weight good = {4, 4, 2, 2, start, column, values, HFS_SINGLE, HFS_FLOAT32, HFS_PORTABLE, HFS_AUTO};
+    const hfs_weight good = {4, 4, 2, 1, 2, start, column, values, HFS_SINGLE, HFS_FLOAT32, HFS_PORTABLE, HFS_AUTO};
     expect(hfs_check(&good) == HFS_OK, "a good weight");
     const auto bad = [&](auto change, int status, const char* what) {
         hfs_weight weight = good;
@@ -187,7 +189,22 @@ void refusals() {
     bad([&](hfs_weight& w) { w.steps = -1; }, HFS_BAD_ARGUMENT, "a negative number of steps");
     bad([&](hfs_weight& w) { w.column = nullptr; }, HFS_BAD_ARGUMENT, "no columns");
     bad([&](hfs_weight& w) { w.kind = HFS_COUPLES; }, HFS_BAD_ARGUMENT, "pairs of float32");
-    bad([&](hfs_weight& w) { w.kind = 3; }, HFS_BAD_ARGUMENT, "an unknown kind");
+    bad([&](hfs_weight& w) { w.kind = 4; }, HFS_BAD_ARGUMENT, "an unknown kind");
+    bad([&](hfs_weight& w) { w.width = 4; }, HFS_BAD_ARGUMENT, "a width of single columns");
+    const auto segments = [&](int64_t width, int64_t features) {
+        return [&, width, features](hfs_weight& w) {
+            w.kind = HFS_SEGMENTS;
+            w.height = 1;
+            w.out_features = 2;
+            w.width = width;
+            w.in_features = features;
+        };
+    };
+    bad(segments(4, 7), HFS_OK, "segments that end with the row");
+    bad(segments(4, 6), HFS_BAD_INDEX, "a segment that leaves the row");
+    bad(segments(4, 2), HFS_BAD_INDEX, "a segment longer than the row");
+    bad(segments(8, 16), HFS_BAD_ARGUMENT, "segments wider than a register");
+    bad(segments(2, 16), HFS_BAD_ARGUMENT, "segments of two");
     bad([&](hfs_weight& w) { w.isa = HFS_ISA_COUNT; }, HFS_NO_ISA, "an unknown instruction set");
     bad(
         [&](hfs_weight& w) {
@@ -223,30 +240,40 @@ int main() {
             printf("instruction set %d is not in this build\n", isa);
             continue;
         }
-        for (const auto& shape : shapes) {
-            for (int kind = 0; kind <= (isa == HFS_AVX512BF16 ? HFS_COUPLES : HFS_SINGLE); kind++) {
-                for (int m : tokens) {
-                    for (int form = HFS_AUTO; form <= HFS_LANES_FORM; form++) {
-                        for (double density : {0.0, 0.2, 1.0}) {
-                            seed++;
-                            const int dtype = kind == HFS_SINGLE ? (int)(seed / 5 % 2) : HFS_BFLOAT16;
-                            run({shape[0], shape[1], shape[2], isa, kind, dtype, form, m, (int)(seed % 5), 1,
-                                 seed % 4 != 0, density, seed});
-                        }
+        const auto sweep = [&](int out_features, int in_features, int height, int width, int kind) {
+            for (int m : tokens) {
+                for (int form = HFS_AUTO; form <= HFS_LANES_FORM; form++) {
+                    for (double density : {0.0, 0.2, 1.0}) {
+                        seed++;
+                        const bool pairs = kind == HFS_NEIGHBOURS || kind == HFS_COUPLES;
+                        const int dtype = pairs ? HFS_BFLOAT16 : (int)(seed / 5 % 2);
+                        run({out_features, in_features, height, width, isa, kind, dtype, form, m, (int)(seed % 5), 1,
+                             seed % 4 != 0, density, seed});
                     }
                 }
             }
+        };
+        const int last = isa == HFS_AVX512BF16 ? HFS_COUPLES : HFS_SINGLE;
+        for (const auto& shape : shapes) {
+            for (int kind = 0; kind <= last; kind++) sweep(shape[0], shape[1], shape[2], 1, kind);
+        }
+        for (int width = 4; width <= (isa == HFS_PORTABLE ? 4 : isa == HFS_AVX2 ? 8 : 16); width *= 2) {
+            sweep(37, 64, 1, width, HFS_SEGMENTS);
+            sweep(16, 3 * width, 1, width, HFS_SEGMENTS);
+            sweep(3, 1024, 1, width, HFS_SEGMENTS);
         }
         // Enough work for threads to share, with few and with many groups of tokens.
-        for (int kind = 0; kind <= (isa == HFS_AVX512BF16 ? HFS_COUPLES : HFS_SINGLE); kind++) {
+        for (int kind = 0; kind <= last; kind++) {
             for (int m : {10, 40, 500}) {
                 for (int form : {HFS_ROWS, HFS_LANES_FORM}) {
                     seed++;
-                    run({264, 200, 8, isa, kind, kind ? HFS_BFLOAT16 : HFS_FLOAT32, form, m, HFS_NONE, 3, true, 0.9,
+                    run({264, 200, 8, 1, isa, kind, kind ? HFS_BFLOAT16 : HFS_FLOAT32, form, m, HFS_NONE, 3, true, 0.9,
                          seed});
                 }
             }
         }
+        run({264, 200, 1, 4, isa, HFS_SEGMENTS, HFS_FLOAT32, HFS_AUTO, 300, HFS_NONE, 3, true, 0.9, ++seed});
+        run({264, 512, 1, 4, isa, HFS_SEGMENTS, HFS_BFLOAT16, HFS_AUTO, 9, HFS_GELU, 3, true, 0.9, ++seed});
     }
     printf("%d cases, %d failures\n", cases, failures);
     return failures != 0;

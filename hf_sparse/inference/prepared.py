@@ -1,0 +1,150 @@
+"""What a layer holds ready for its next call, and how it knows that it is still right."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from hf_sparse.core.blocks import to_blocks
+from hf_sparse.core.packing import LayerFormat
+from hf_sparse.inference.kernels import (
+    Backend,
+    BlockIndex,
+    CountsTokens,
+    LayerSpec,
+    choose_backend,
+    get_backend,
+    requested_backend,
+    to_dense,
+)
+
+
+class Stamp:
+    """A tensor as it was: who replaces it changes its identity, who writes to it raises its version.
+
+    Example:
+        >>> weight = torch.zeros(2)
+        >>> stamp = Stamp(weight)
+        >>> stamp.fits(weight), stamp.fits(weight.add_(1))
+        (True, False)
+    """
+
+    __slots__ = ("_address", "_tensor", "_version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self._address = tensor.data_ptr()
+        # Tensors made in inference mode keep no version.
+        self._version = None if tensor.is_inference() else tensor._version
+
+    def fits(self, tensor: Tensor | None) -> bool:
+        """Tell whether this is the same tensor with the same content, as far as torch tells of writes."""
+        return (
+            tensor is self._tensor
+            and tensor.data_ptr() == self._address
+            and (self._version is None or tensor._version == self._version)
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Indexed:
+    """The index of a bitmap."""
+
+    mask: Stamp
+    index: BlockIndex
+
+    @classmethod
+    def from_bitmap(cls, bitmap: Tensor, layer: LayerFormat) -> Indexed:
+        """Read a bitmap; raises as `BlockIndex.from_bitmap` does."""
+        return cls(Stamp(bitmap), BlockIndex.from_bitmap(bitmap, layer))
+
+    def fits(self, bitmap: Tensor) -> bool:
+        """Tell whether the bitmap is still the one that was read."""
+        return self.mask.fits(bitmap)
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What the chosen backend made of the values of a layer.
+
+    Attributes:
+        weight: the values it was made of.
+        mask: the bitmap it was made of.
+        backend: the choice.
+        index: where the blocks belong.
+        state: what `backend.prepare` gave.
+        few: calls with fewer tokens run dense.
+        dense: [O, I], the weight for those calls; None where there are none.
+    """
+
+    weight: Stamp
+    mask: Stamp
+    backend: Backend
+    index: BlockIndex
+    state: Any
+    few: int
+    dense: Tensor | None
+
+    @classmethod
+    def from_values(cls, weight: Tensor, bitmap: Tensor, index: BlockIndex) -> Prepared:
+        """Choose a backend and let it prepare.
+
+        Args:
+            weight: [N, h, w].
+            bitmap: of the layer, for the stamp.
+            index: read from the bitmap.
+
+        Raises:
+            ValueError: if a forced backend cannot be used.
+        """
+        name, values = requested_backend(), weight.detach()
+        backend = choose_backend(LayerSpec(layer=index.layer, device=values.device, dtype=values.dtype), name)
+        few, dense = 1, None
+        with torch.no_grad():
+            state = backend.prepare(values, index)
+            if name == "auto" and isinstance(backend, CountsTokens):
+                wins_from = backend.from_tokens(state)
+                if wins_from is None:
+                    backend = get_backend("dense")
+                    state = backend.prepare(values, index)
+                elif wins_from > 1:
+                    few, dense = wins_from, to_dense(values, index)
+        return cls(Stamp(weight), Stamp(bitmap), backend, index, state, few, dense)
+
+    def fits(self, weight: Tensor, bitmap: Tensor | None) -> bool:
+        """Tell whether weight and bitmap are still those it was made of."""
+        return self.weight.fits(weight) and self.mask.fits(bitmap)
+
+    def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Compute [M, O] from x [M, I]."""
+        if self.dense is not None and x.shape[0] < self.few:
+            return linear(x, self.dense, bias)
+        return self.backend.run(x, self.state, bias, None)
+
+
+class WithGradient(torch.autograd.Function):
+    """A prepared forward pass with a dense backward pass: what falls on pruned blocks is dropped."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, ready: Prepared) -> Tensor:
+        """Compute [M, O] from x [M, I]."""
+        ctx.save_for_backward(x, values)
+        ctx.index = ready.index
+        return ready.run(x, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute the gradients of x, values and bias that are asked for; differentiable itself."""
+        x, values = ctx.saved_tensors
+        index: BlockIndex = ctx.index
+        grad_x = grad @ to_dense(values, index) if ctx.needs_input_grad[0] else None
+        grad_values = grad_bias = None
+        if ctx.needs_input_grad[1]:
+            grad_values = to_blocks(grad.t() @ x, index.layer.block_shape)[index.rows, index.cols]
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.sum(0)
+        return grad_x, grad_values, grad_bias, None

@@ -1,0 +1,166 @@
+"""Two ranks that train together over gloo, compared with one rank that trains alone. One launch for all tests."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.training.scenarios import TASKS, everything_on, model_for
+from tests.training.test_trainer_options import mean_loss
+from tests.training.tiny import assert_same, bert, gradients_of, pad, rows
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT = 240.0
+pytestmark = pytest.mark.dist
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch(script: str, folder: Path) -> None:
+    """Run a script as two ranks on this machine, and end both whatever happens."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1",
+        f"--master-port={free_port()}", script, str(folder),
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+                   "TORCH_CPP_LOG_LEVEL": "ERROR"}  # fmt: skip
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, 9)
+            process.wait(10)
+    assert process.returncode == 0, output[-6000:]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """The folder of the one launch, and what each rank saw."""
+    base = tmp_path_factory.getbasetemp()
+    # Workers of pytest-xdist share the folder above: the first to come launches, the others wait for it.
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "two-ranks"
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        deadline = time.monotonic() + TIMEOUT
+        while not (folder / "ended").exists() and time.monotonic() < deadline:
+            time.sleep(0.2)
+    else:
+        try:
+            launch(str(ROOT / "tests" / "distributed" / "two_ranks.py"), folder)
+        finally:
+            (folder / "ended").touch()
+    first, second = (torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in (0, 1))
+    return folder, first, second
+
+
+def assert_close(first: dict[str, Tensor], second: dict[str, Tensor], where: str) -> None:
+    assert list(first) == list(second), f"{where}: not the same parameters have gradients"
+    for name, value in first.items():
+        torch.testing.assert_close(
+            second[name], value, rtol=2e-4, atol=2e-6, msg=lambda m, n=name: f"{where} {n}: {m}"
+        )
+
+
+def test_two_ranks_really_trained_together(ranks: Any) -> None:
+    for rank, seen in enumerate(ranks[1:]):
+        assert seen["setting"] == {
+            "world_size": 2, "backend": "gloo", "wrapper": "DistributedDataParallel", "rank": rank,
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_two_ranks_give_the_gradients_of_one(ranks: Any, tmp_path: Path, task: str) -> None:
+    alone = everything_on(task, tmp_path, 8, 1, logging_strategy="steps", logging_steps=1)
+    whole = gradients_of(alone)
+    logs = [entry for entry in alone.state.log_history if "loss" in entry]
+    splits = [key for key in ranks[1]["invariance"] if key.startswith(f"{task} ")]
+    assert len(splits) == (2 if task in ("classes", "lm") else 1)
+    for split in splits:
+        for seen in ranks[1:]:
+            found = seen["invariance"][split]
+            for step, (first, second) in enumerate(zip(whole, found["gradients"], strict=True)):
+                assert_close(first, second, f"{split}, step {step}")
+            for mine, theirs in zip(logs, found["logs"], strict=True):
+                assert mine == pytest.approx(theirs, rel=2e-4)
+
+
+def test_masks_and_coefficients_are_those_of_rank_0(ranks: Any) -> None:
+    first, second = (seen["masks_agree"] for seen in ranks[1:])
+    name = "bert.encoder.layer.0.output.dense"
+    assert not torch.equal(first["alone"][0][name], second["alone"][0][name]), "left alone they would have differed"
+    for step in range(5):
+        assert_same(first["agreed"][step], second["agreed"][step])
+        assert_same(first["coefs"][step], second["coefs"][step])
+    assert_same(first["alone"][-1], first["agreed"][-1])
+    assert_same(first["weights"], second["weights"])
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5, 6])
+def test_two_ranks_resume_bit_for_bit(ranks: Any, stop: int) -> None:
+    for seen in ranks[1:]:
+        assert_same(seen["resume"]["straight"], seen["resume"]["resumed"][stop])
+    assert_same(ranks[1]["resume"]["straight"], ranks[2]["resume"]["straight"])
+
+
+def test_a_checkpoint_of_two_ranks_is_ordinary(ranks: Any) -> None:
+    checkpoint = ranks[0] / "resume" / "straight" / "checkpoint-3"
+    loaded = type(bert()).from_pretrained(checkpoint)
+    assert set(loaded.state_dict()) == set(bert().state_dict())
+    assert (checkpoint / "sparsity_state.safetensors").is_file()
+    assert not list(checkpoint.glob(".sparsity_state*"))
+
+
+def test_evaluation_and_the_final_save_of_two_ranks(ranks: Any) -> None:
+    folder, first, second = ranks
+    mine, theirs = first["evaluation"], second["evaluation"]
+    assert mine["best"] == theirs["best"]
+    assert int(mine["best"].rsplit("-", 1)[1]) >= 3, "the target is reached in the third step"
+    assert_same(mine["weights"], theirs["weights"])
+    assert_same(mine["masks"], theirs["masks"])
+    loaded = type(bert()).from_pretrained(folder / "evaluation" / "final").eval()
+    inputs = pad(rows("classes", 16))
+    with torch.no_grad():
+        loss = loaded(**inputs).loss.item()
+        teacher_loss = bert()(**inputs).loss.item()
+    for seen in (mine, theirs):
+        assert seen["eval_loss"] == pytest.approx(loss, rel=1e-4)
+        assert seen["teacher_loss"] == pytest.approx(teacher_loss, rel=1e-4)
+    assert not list((folder / "evaluation" / "final").glob(".saving-*"))
+
+
+def test_loss_functions_of_the_user_give_the_gradient_of_the_whole_step(ranks: Any) -> None:
+    inputs, plain = pad(rows("tagging", 8)), model_for("tagging", 0)
+    mean_loss(plain(**inputs), inputs["labels"]).backward()
+    expected = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+    for seen in ranks[1:]:
+        assert_close(expected, seen["loss_functions"]["mean_loss"], "mean")
+        assert_close(expected, seen["loss_functions"]["sum_loss"], "sum")
+
+
+def test_activation_checkpointing_and_grafting_go_together(ranks: Any, tmp_path: Path) -> None:
+    whole = gradients_of(everything_on("classes", tmp_path, 8, 1))
+    for seen in ranks[1:]:
+        for first, second in zip(whole, seen["checkpointing"]["gradients"], strict=True):
+            assert_close(first, second, "checkpointing")
+
+
+def test_every_rank_says_that_a_run_ended_off_target(ranks: Any) -> None:
+    for seen in ranks[1:]:
+        assert "ended off target" in seen["off_target"]["error"]
