@@ -1,4 +1,4 @@
-"""What gets installed: the package with its data files and nothing else, under one version, with a command that runs."""
+"""What gets installed: the package with its data and nothing else, under one version, with a command that runs."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -31,12 +32,16 @@ def table_rows(results: dict[str, Any]) -> list[Row]:
         },
         _size("weights file", results["bytes"]),
         _size("of it, the pruned layers", results["layer_bytes"]),
-        _time("load", *results["load"]),
     ]
-    speed = results["speed"]
-    for dense, pruned in zip(speed[::2], speed[1::2], strict=True):
+    for dense, pruned in _pairs(results["load"]):
+        rows.append(_time(dense["what"], dense, pruned))
+    for dense, pruned in _pairs(results["speed"]):
         rows.append(_time(f"latency, batch {dense['batch']} x {dense['length']} tokens", dense, pruned))
     return rows
+
+
+def _pairs(rows: list[Row]) -> Iterator[tuple[Row, Row]]:
+    return zip(rows[::2], rows[1::2], strict=True)
 
 
 def _size(what: str, found: dict[str, int]) -> Row:

@@ -205,11 +205,12 @@ def _report_folder(folder: Path) -> SparsityReport:
     if not files:
         raise FileNotFoundError(f"{folder} holds no model*.safetensors file.")
     layers, stored = [], 0
+    bitmaps = _read_bitmaps(files) if formats else {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as handle:
                 for key in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    layer, size = _stored_tensor(handle, key, formats, file)
+                    layer, size = _stored_tensor(handle, key, formats, bitmaps, file)
                     stored += size
                     layers += [layer] if layer else []
         except SafetensorError as error:
@@ -229,8 +230,21 @@ def _read_formats(quantization: Any) -> dict[str, LayerFormat]:
     return {} if quantization is None or other else read_layer_formats(quantization)
 
 
+def _read_bitmaps(files: list[Path]) -> dict[str, torch.Tensor]:
+    # A bitmap may lie in another file than the values that it belongs to.
+    bitmaps = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as handle:
+                names = [key for key in handle.keys() if key.endswith(MASK_SUFFIX)]  # noqa: SIM118 (no mapping)
+                bitmaps.update({name: handle.get_tensor(name) for name in names})
+        except SafetensorError as error:
+            raise FormatError(f"{file} is not a whole safetensors file: {error}") from error
+    return bitmaps
+
+
 def _stored_tensor(
-    handle: Any, key: str, formats: dict[str, LayerFormat], file: Path
+    handle: Any, key: str, formats: dict[str, LayerFormat], bitmaps: dict[str, torch.Tensor], file: Path
 ) -> tuple[LayerReport | None, int]:
     view = handle.get_slice(key)
     shape, item_bytes = tuple(view.get_shape()), _ITEM_BYTES.get(view.get_dtype(), 1)
@@ -239,8 +253,10 @@ def _stored_tensor(
         layer = formats[name]
         if shape != layer.values_shape:
             raise FormatError(f"{file}: {key} has shape {list(shape)}, config.json says {list(layer.values_shape)}.")
+        if key + MASK_SUFFIX not in bitmaps:
+            raise FormatError(f"{file} stores {key} without its bitmap {key + MASK_SUFFIX}.")
         try:
-            population = int(unpack_mask(handle.get_tensor(key + MASK_SUFFIX), layer.grid).sum())
+            population = int(unpack_mask(bitmaps[key + MASK_SUFFIX], layer.grid).sum())
         except FormatError as error:
             raise FormatError(f"{file}: {key + MASK_SUFFIX}: {error}") from error
         if population != layer.kept:

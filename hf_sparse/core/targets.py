@@ -100,7 +100,13 @@ def find_targets(
                 f"{type(model).__name__} has no nn.ModuleList of repeated layers, so the layers to prune cannot be "
                 f"found by themselves. Name them with target_modules; the first linears are {_first(linears)}."
             )
-        targets = {n: m for n, m in linears.items() if n not in shared and any(n.startswith(s + ".") for s in stacks)}
+        usable = {n: m for n, m in linears.items() if n not in shared and not _is_read_elsewhere(model, n)}
+        targets = {n: m for n, m in usable.items() if any(n.startswith(s + ".") for s in stacks)}
+        if not targets:
+            raise ValueError(
+                f"{type(model).__name__} has no linear layer that could be pruned inside {_first(stacks)}: their "
+                f"weights are shared, or read by a module that does not call the linear."
+            )
     else:
         pattern = compile_pattern("target_modules", target_modules)
         targets = {n: m for n, m in linears.items() if pattern.fullmatch(n)}
@@ -120,6 +126,11 @@ def find_targets(
         targets = {n: m for n, m in targets.items() if n not in set(excluded)}
         if not targets:
             raise ValueError(f"exclude_modules={exclude_modules!r} leaves no layer to prune.")
+    if read := [n for n in targets if _is_read_elsewhere(model, n)]:
+        raise ValueError(
+            f"target_modules={target_modules!r} picks {_first(read)}, whose weight nn.TransformerEncoderLayer reads "
+            f"by itself, so that it could not be compressed. Leave it out with exclude_modules."
+        )
     if tied := [n for n in targets if n in shared]:
         raise ValueError(
             f"target_modules={target_modules!r} picks {_first(tied)}, whose weight is shared with another module; "
@@ -184,6 +195,11 @@ def compile_pattern(field: str, pattern: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except re.error as error:
         raise ValueError(f"{field}={pattern!r} is not a regular expression: {error}") from error
+
+
+def _is_read_elsewhere(model: nn.Module, name: str) -> bool:
+    # Its fast path takes the weights of its linears without calling them.
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer)
 
 
 def _shared_linears(model: nn.Module, linears: dict[str, nn.Module]) -> set[str]:

@@ -14,6 +14,7 @@ from hf_sparse.core.report import report
 TRAINING_STATE = (
     "checkpoint-*/**",
     ".saving-*/**",
+    ".saved-*/**",
     "training_args.bin",
     "optimizer.*",
     "scheduler.pt",

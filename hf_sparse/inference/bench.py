@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from hf_sparse.core.report import report
 
 # Largest error allowed, as a share of the largest reference value: what rounding in this dtype adds up to in a model.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+Name = TypeVar("Name")
 
 
 class MismatchError(ValueError):
@@ -40,12 +42,12 @@ class Timing:
 
 
 def time_interleaved(
-    calls: Mapping[str, Callable[[], object]],
+    calls: Mapping[Name, Callable[[], object]],
     seconds: float = 2.0,
     rounds: int = 5,
     warmup: int = 2,
     synchronize: Callable[[], None] | None = None,
-) -> dict[str, Timing]:
+) -> dict[Name, Timing]:
     """Time callables side by side: each runs once per round, in an order that turns from round to round.
 
     Args:
@@ -54,6 +56,8 @@ def time_interleaved(
         rounds: at least so many rounds, however long they take.
         warmup: calls of each before the first that counts.
         synchronize: waits for the device; called before and after each call.
+        clock: gives seconds. `time.process_time` counts the time of this process alone, which on a busy machine is
+            what one thread would take on a quiet one.
 
     Returns:
         {name: timing}, in the order of `calls`.
@@ -71,16 +75,17 @@ def time_interleaved(
     for call in calls.values():
         for _ in range(warmup):
             call()
-    names, taken = list(calls), {name: [] for name in calls}  # type: tuple[list[str], dict[str, list[float]]]
+    names = list(calls)
+    taken: dict[Name, list[float]] = {name: [] for name in names}
     end = time.perf_counter() + seconds
     turn = 0
     while turn < rounds or time.perf_counter() < end:
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             wait()
-            start = time.perf_counter()
+            start = clock()
             calls[name]()
             wait()
-            taken[name].append(1e3 * (time.perf_counter() - start))
+            taken[name].append(1e3 * (clock() - start))
         turn += 1
     return {name: _summary(samples) for name, samples in taken.items()}
 

@@ -10,9 +10,11 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hf_sparse.core.files import interrupted_save
 from hf_sparse.core.packing import FORMAT_VERSION, QUANT_METHOD, FormatError, LayerFormat, read_layer_formats
 from hf_sparse.inference.checkpoint import check_bitmaps, header_strings, match_modules, read_headers
 from hf_sparse.inference.compress import compressed_layers, decompress, replace_module
+from hf_sparse.inference.kernels import requested_backend, require_backend
 from hf_sparse.inference.linear import BlockSparseLinear
 
 
@@ -82,10 +84,26 @@ class BlockSparseQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> Any:
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise ValueError(
+                "compressed models cannot be split over devices as they load (distributed_config, tp_plan): load a "
+                "dense copy, made with hf_sparse.load_dense(...).save_pretrained(...)."
+            )
+        # A backend that cannot run is said now and not in the first forward pass.
+        require_backend(requested_backend())
         formats = self.quantization_config.layer_formats()
-        headers = read_headers(checkpoint_files)
-        check_bitmaps(headers, formats)
-        names = match_modules(model, headers, formats)
+        try:
+            headers = read_headers(checkpoint_files)
+            check_bitmaps(headers, formats)
+            names = match_modules(model, headers, formats)
+        except FormatError as error:
+            folder = os.path.dirname(checkpoint_files[0]) if checkpoint_files else ""
+            if left := interrupted_save(folder or "."):
+                raise FormatError(
+                    f"{error} A save into this folder was interrupted; the rest of it lies in {left.name}. "
+                    f"Finish it with hf_sparse.core.files.finish_interrupted_save({folder!r})."
+                ) from error
+            raise
         for name, local in names.items():
             dense = model.get_submodule(local)
             replace_module(

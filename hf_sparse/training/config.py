@@ -216,7 +216,7 @@ class SparseDistillConfig(TrainingArguments):
         if lost := sorted(set(given) - known):
             raise TypeError(
                 f"{type(args).__name__} has fields that SparseDistillConfig does not know: {', '.join(lost)}. "
-                f"Build a SparseDistillConfig instead."
+                f"Use a dataclass that inherits from SparseDistillConfig and {type(args).__name__}."
             )
         return cls(**given)
 

@@ -14,7 +14,14 @@ from torch import nn
 from hf_sparse.training.config import SparseDistillConfig
 from hf_sparse.training.graft import GraftSite, graft_at, graft_sites
 from hf_sparse.training.schedules import StepPlan, graft_draws
-from hf_sparse.training.teacher import check_teacher, copy_as_teacher, fingerprint, load_teacher, return_attention_maps
+from hf_sparse.training.teacher import (
+    check_teacher,
+    copy_as_teacher,
+    fingerprint,
+    load_teacher,
+    return_attention_maps,
+    use_attention_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +50,8 @@ class Distiller:
             return_attention_maps(student)
         if given is not None and config.needs_teacher:
             self.teacher = load_teacher(given, student)
+            if config.graft_start < 1.0:
+                use_attention_of(student, self.teacher)
             check_teacher(student, self.teacher, config)
         elif config.graft_start < 1.0:
             graft_sites(student, student)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import PreTrainedModel
 from transformers.modelcard import TASK_MAPPING
 
 from hf_sparse.core.report import report
 from hf_sparse.hub.facts import CardFacts, CostFacts, DataFacts, MetricFacts, recipe_facts
+from hf_sparse.inference.environment import environment
 
 if TYPE_CHECKING:
     from hf_sparse.training.trainer import SparseDistillTrainer
@@ -38,7 +37,8 @@ def run_facts(trainer: SparseDistillTrainer, folder: Path, teacher_metrics: Mapp
     model, config = trainer.student, trainer.args
     weights = report(folder)
     task, auto_class = _task(model)
-    dense = config.save_format == "dense" or not config.sparsity
+    # Told from the file and not from the settings: a run may be saved before it has pruned anything.
+    dense = all(layer.bytes == layer.dense_bytes for layer in weights.layers)
     return CardFacts(
         name=(config.hub_model_id or Path(config.output_dir or ".").resolve().name).split("/")[-1],
         save_format="dense" if dense else "compressed",
@@ -67,19 +67,8 @@ def with_given(facts: CardFacts, given: Mapping[str, Any]) -> CardFacts:
     Raises:
         TypeError: for a name that it does not take.
     """
-    taken = {
-        "language",
-        "license",
-        "tags",
-        "model_name",
-        "finetuned_from",
-        "tasks",
-        "dataset_tags",
-        "dataset",
-        "dataset_args",
-    }
-    if unknown := sorted(set(given) - taken):
-        raise TypeError(f"create_model_card takes no {unknown[0]!r}: use {', '.join(sorted(taken))}.")
+    if unknown := sorted(set(given) - _GIVEN):
+        raise TypeError(f"create_model_card takes no {unknown[0]!r}: use {', '.join(sorted(_GIVEN))}.")
     changes: dict[str, Any] = {}
     for key, fact in (("language", "language"), ("license", "license"), ("model_name", "name"),
                       ("finetuned_from", "base_model"), ("tasks", "task")):  # fmt: skip
@@ -96,12 +85,10 @@ def with_given(facts: CardFacts, given: Mapping[str, Any]) -> CardFacts:
 
 def hardware() -> str:
     """Name the machine in a few words."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    cpu_info = Path("/proc/cpuinfo")
-    lines = cpu_info.read_text().splitlines() if cpu_info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    found = environment()["hardware"]
+    if found["gpus"]:
+        return f"{len(found['gpus'])} x {found['gpus'][0]}"
+    return f"{found['cpu']}, {found['threads']} threads"
 
 
 def _task(model: Any) -> tuple[str | None, str | None]:

@@ -34,9 +34,16 @@ def graft_sites(student: nn.Module, teacher: nn.Module) -> list[GraftSite]:
 
     Raises:
         ValueError: if the student has no stack of layers, or the teacher's stacks differ in name, number of layers,
-            class or hidden size.
+            class or hidden size, or the two use different attention implementations.
     """
     mine, theirs = find_stacks(student), find_stacks(teacher)
+    attention = [getattr(getattr(m, "config", None), "_attn_implementation", None) for m in (student, teacher)]
+    if attention[0] != attention[1]:
+        # Each implementation is handed its own kind of mask: another one's layer would look at what it must not see.
+        raise ValueError(
+            f"grafting needs one attention implementation: the student uses {attention[0]!r}, the teacher "
+            f"{attention[1]!r}. Call teacher.set_attn_implementation({attention[0]!r})."
+        )
     if not mine:
         raise ValueError(f"{type(student).__name__} has no stack of repeated layers to graft: set graft_start=1.")
     if list(mine) != list(theirs):

@@ -32,6 +32,12 @@ class Pruner:
         # A run that neither prunes nor penalises has no targets: it is plain (distilled) training of any model.
         active = config.sparsity > 0.0 or config.penalty_weight > 0.0
         targets = find_targets(model, config.target_modules, config.exclude_modules) if active else {}
+        if frozen := [name for name, module in targets.items() if not cast(Tensor, module.weight).requires_grad]:
+            raise ValueError(
+                f"{len(frozen)} target layer(s) are frozen (requires_grad=False), {frozen[0]} first: pruning would "
+                f"take weights from them that nothing makes up for. Leave them out with exclude_modules, or unfreeze "
+                f"them."
+            )
         shapes = assign_block_shapes(targets, config.block_shape, config.shape_overrides) if active else {}
         self.masks = BlockMasks(targets, shapes, config.sparsity_scope)
         self.masks.check_budgets(config.sparsity)
@@ -106,11 +112,18 @@ class Pruner:
         Raises:
             RuntimeError: saying what was reached.
         """
+        diverged = [name for name, weight in self.masks.weights() if not torch.isfinite(weight).all()]
+        if diverged:
+            raise RuntimeError(
+                f"training diverged: {diverged[0]} holds NaN or infinite weights, and so do {len(diverged)} target "
+                f"layer(s). Lower the learning rate, or resume from an earlier checkpoint."
+            )
         off = self.masks.off_target(self.config.sparsity) if self.masks.targets else None
         if off is not None:
             raise RuntimeError(
                 f"training ended off target: {off}. The masks reach sparsity={self.config.sparsity} at "
-                f"sparsity_end={self.config.sparsity_end} of all steps; train on, or set an earlier sparsity_end."
+                f"sparsity_end={self.config.sparsity_end} of all steps. The trainer still holds the model and its "
+                f"checkpoints stay: resume from one with resume_from_checkpoint, or set an earlier sparsity_end."
             )
         if not self.masks.is_applied():
             raise RuntimeError(

@@ -6,6 +6,7 @@ from accelerate.utils import parse_flag_from_env
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_sparse.inference.compress import compressed_layers
 from hf_sparse.training.config import SparseDistillConfig
@@ -62,5 +63,8 @@ def refuse_unsupported_model(model: nn.Module, config: SparseDistillConfig) -> N
 
 def predicts_next(model: nn.Module) -> bool:
     """Tell whether position i of the logits predicts label i + 1, as in causal language models."""
+    # Classes that are older than the naming scheme, GPT-2's among them, declare no loss type.
+    if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return True
     encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     return LOSS_MAPPING.get(str(getattr(model, "loss_type", None))) is ForCausalLMLoss and not encoder_decoder

@@ -97,6 +97,13 @@ def return_attention_maps(*models: nn.Module) -> None:
             model.set_attn_implementation("eager")
 
 
+def use_attention_of(student: nn.Module, teacher: nn.Module) -> None:
+    """Switch the teacher to the student's attention implementation: grafted layers take over the student's masks."""
+    if isinstance(student, PreTrainedModel) and isinstance(teacher, PreTrainedModel):
+        if teacher.config._attn_implementation != student.config._attn_implementation:
+            teacher.set_attn_implementation(student.config._attn_implementation)
+
+
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> str:
     """Tell models apart cheaply: a hash over the names, shapes and first values of all parameters."""

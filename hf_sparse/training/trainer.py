@@ -118,6 +118,10 @@ class SparseDistillTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, None]:
         """Fetch the micro-batches of one step, and count what they hold."""
+        if self.state.global_step >= self.state.max_steps:
+            # A checkpoint of the last step, resumed: all steps are done, and another one would leave the schedule.
+            self.control.should_training_stop = True
+            return [], None
         batch_samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batch_samples:
             self._totals = StepTotals.of(batch_samples, self._shifted, device)

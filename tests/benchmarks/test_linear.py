@@ -11,7 +11,7 @@ from hf_sparse.inference.bench import MismatchError
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 KEYS = {"engine", "backend", "device", "dtype", "out_features", "in_features", "tokens", "block_shape", "density"}
-KEYS |= {"threads", "ms", "spread", "runs", "max_error"}
+KEYS |= {"threads", "clock", "ms", "spread", "runs", "max_error"}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -25,6 +25,12 @@ def test_smoke(dtype: str, tmp_path: Path) -> None:
     assert {"nn.Linear", "auto", "torch"} <= engines
     assert len(result["rows"]) == len(engines) * 4
     assert all(row["ms"] > 0 and row["runs"] >= 5 for row in result["rows"])
+
+
+def test_the_clock_of_the_process_is_for_one_thread(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        linear.main(["--clock", "process", "--threads", "2"])
+    assert "use it with --threads 1" in capsys.readouterr().err
 
 
 def test_no_speed_without_right_values(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_sparse.core.files import atomic_folder
+from hf_sparse.core.files import atomic_folder, finish_interrupted_save, interrupted_save
 
 
 def listing(folder: Path) -> dict[str, str]:
@@ -43,14 +43,13 @@ def test_an_error_leaves_everything_as_it_was(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "a.txt"]
 
 
-def test_stale_files_go_last(tmp_path: Path) -> None:
+def test_stale_files_are_removed(tmp_path: Path) -> None:
     for name in ("shard-1", "shard-2", "notes"):
         (tmp_path / name).write_text("old")
     seen = []
 
     def stale(name: str) -> bool:
         seen.append(name)
-        assert (tmp_path / "shard-1").read_text() == "new"
         return name.startswith("shard")
 
     with atomic_folder(tmp_path, stale=stale) as staging:
@@ -64,7 +63,7 @@ def test_a_kill_in_the_middle_leaves_the_earlier_files_whole(tmp_path: Path) -> 
     code = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
-        "from hf_sparse.core.files import atomic_folder\n"
+        "from hf_sparse.core.files import atomic_folder, finish_interrupted_save, interrupted_save\n"
         "with atomic_folder(sys.argv[1]) as staging:\n"
         "    (staging / 'model.safetensors').write_text('ne')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -94,3 +93,36 @@ def test_a_target_that_is_a_file(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError), atomic_folder(tmp_path / "file"):
         pass
     assert listing(tmp_path) == {"file": "mine"}
+
+
+INTERRUPTED = """
+import os, sys
+from pathlib import Path
+from hf_sparse.core import files
+
+calls, rename = 0, os.replace
+def dying(source, target):
+    global calls
+    calls += 1
+    if calls == 2:
+        os.kill(os.getpid(), 9)
+    rename(source, target)
+
+os.replace = dying
+with files.atomic_folder(sys.argv[1], stale=lambda name: name == "old.txt") as staging:
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (staging / name).write_text("new")
+"""
+
+
+def test_a_kill_between_two_renames_loses_nothing(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt", "old.txt", "mine.txt"):
+        (tmp_path / name).write_text("earlier")
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED, str(tmp_path)], timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    assert {name: (tmp_path / name).read_text() for name in ("a.txt", "b.txt")} == {"a.txt": "new", "b.txt": "earlier"}
+    assert interrupted_save(tmp_path) is not None
+    assert finish_interrupted_save(tmp_path)
+    files = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert files == {"a.txt": "new", "b.txt": "new", "c.txt": "new", "mine.txt": "earlier"}
+    assert not finish_interrupted_save(tmp_path)

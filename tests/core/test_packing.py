@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from hf_sparse.core.blocks import expand_mask, grid_shape
-from hf_sparse.core.packing import FormatError, LayerFormat, pack, pack_mask, unpack, unpack_mask
+from hf_sparse.core.packing import (
+    FormatError,
+    LayerFormat,
+    pack,
+    pack_mask,
+    read_layer_formats,
+    unpack,
+    unpack_mask,
+)
 
 GRIDS = [(1, 1), (1, 7), (1, 8), (3, 3), (5, 13), (16, 16)]
 ENTRY = {"block_shape": [2, 1], "kept": 3, "dense_shape": [4, 4]}
@@ -158,3 +166,36 @@ def test_layer_format_writes_transposed_only_where_true() -> None:
 def test_layer_format_refuses(entry: Any, message: str) -> None:
     with pytest.raises(FormatError, match=rf"modules\['q'\].*{message}"):
         LayerFormat.from_dict("q", entry)
+
+
+CONFIG = {"quant_method": "hf_sparse", "format_version": 1, "modules": {"q": ENTRY}}
+
+
+def test_configs_are_read() -> None:
+    assert read_layer_formats(CONFIG) == {"q": LayerFormat(block_shape=(2, 1), kept=3, dense_shape=(4, 4))}
+    assert read_layer_formats({**CONFIG, "modules": {}, "dequantize": True}) == {}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "must hold quant_method 'hf_sparse', found None"),
+        ({**CONFIG, "quant_method": "awq"}, "must hold quant_method 'hf_sparse', found {'quant_method': 'awq'"),
+        ({k: v for k, v in CONFIG.items() if k != "format_version"}, "must be an integer from 1, found None"),
+        (
+            {**CONFIG, "format_version": 2, "modules": 5, "new": 1},
+            "format_version 2 is newer .*up to 1: pip install -U",
+        ),
+        ({**CONFIG, "format_version": True}, "must be an integer from 1, found True"),
+        ({**CONFIG, "format_version": 0}, "must be an integer from 1, found 0"),
+        ({**CONFIG, "bits": 4}, "format 1 has no key 'bits'"),
+        ({**CONFIG, "dequantize": 1}, "dequantize must be true or false, found 1"),
+        ({k: v for k, v in CONFIG.items() if k != "modules"}, "modules must map layer names to shapes, found None"),
+        ({**CONFIG, "modules": {1: ENTRY}}, "modules must map layer names to shapes, found {1"),
+        ({**CONFIG, "modules": ["x" * 500]}, r"found \['x{70,80}\.\.\."),
+        ({**CONFIG, "modules": {"q": {}}}, r"modules\['q'\] must hold"),
+    ],
+)
+def test_configs_that_are_refused(config: Any, message: str) -> None:
+    with pytest.raises(FormatError, match=message):
+        read_layer_formats(config)

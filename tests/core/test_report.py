@@ -16,6 +16,11 @@ from tests.inference import damage, models
 LAYER = "bert.encoder.layer.0.output.dense"
 
 
+@pytest.fixture(autouse=True)
+def _dense_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_SPARSE_BACKEND", "dense")
+
+
 def by_name(result: SparsityReport) -> dict[str, object]:
     return {layer.name: layer for layer in result.layers}
 

@@ -77,11 +77,18 @@ def measured(**changes: Any) -> dict[str, Any]:
              for name, ms in (("dense", 10.0), ("hf_sparse", 20.0))]  # fmt: skip
     tried = {"sparsity": 0.8, "score": 0.7, "dense_score": 0.8, "floor_score": 0.5, "seed": 0, "block_shape": [8, 1]}
     return {
-        "measured_accuracy": {"dense": 0.8, "pruned": 0.7}, "bytes": {"dense": 4_000_000, "pruned": 1_000_000},
-        "layer_bytes": {"dense": 3_000_000, "pruned": 500_000}, "load": speed, "speed": speed, "accuracy": [tried],
-        "corpus": {"rows": {"test": 1200}, "versions": {"a": "1", "b": "1"}}, "settings": Settings().to_dict(),
-        "hardware": {"cpu": "a CPU", "threads": 2}, "dense_engine": "torch", **changes,
-    }  # fmt: skip
+        "measured_accuracy": {"dense": 0.8, "pruned": 0.7},
+        "bytes": {"dense": 4_000_000, "pruned": 1_000_000},
+        "layer_bytes": {"dense": 3_000_000, "pruned": 500_000},
+        "load": [{**row, "what": "load"} for row in speed],
+        "speed": speed,
+        "accuracy": [tried],
+        "corpus": {"rows": {"test": 1200}, "versions": {"a": "1", "b": "1"}},
+        "settings": Settings().to_dict(),
+        "hardware": {"cpu": "a CPU", "threads": 2},
+        "dense_engine": "torch",
+        **changes,
+    }
 
 
 def test_rows_that_lose_say_so() -> None:

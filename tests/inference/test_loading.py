@@ -253,6 +253,24 @@ def test_disk_offload(tmp_path: Path) -> None:
     models.assert_same(models.outputs(again, "bert"), expected)
 
 
+def test_backends_that_cannot_run_are_said_at_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path)
+    monkeypatch.setenv("HF_SPARSE_BACKEND", "fast")
+    with pytest.raises(ValueError, match=r"HF_SPARSE_BACKEND='fast' is not a backend: use one of auto, reference"):
+        tf.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    monkeypatch.setenv("HF_SPARSE_BACKEND", "gpu")
+    with pytest.raises(ValueError, match="'gpu'"):
+        tf.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+
+
+def test_splitting_over_devices_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path)
+    config = tf.AutoConfig.from_pretrained(tmp_path)
+    config.distributed_config = {"tp_size": 2}
+    with pytest.raises(ValueError, match=r"cannot be split over devices as they load .* hf_sparse.load_dense"):
+        tf.BertForSequenceClassification.from_pretrained(tmp_path, config=config)
+
+
 def test_model_to_another_dtype(tmp_path: Path) -> None:
     saved(tmp_path)
     model = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path).to(torch.bfloat16)

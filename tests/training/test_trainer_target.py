@@ -45,8 +45,8 @@ def test_pruned_blocks_are_exactly_zero_after_every_step(tmp_path: Path, setting
 
 def test_gradients_of_pruned_blocks_do_not_count_in_clipping(tmp_path: Path) -> None:
     trainer = make_trainer(bert(), tmp_path, rows("classes", 16), sparsity=0.6, sparsity_end=0.5, mask_updates=2,
-                           max_steps=5, penalty_weight=1e-2, per_device_train_batch_size=4, gradient_accumulation_steps=2,
-                           logging_strategy="steps", logging_steps=1)  # fmt: skip
+                           max_steps=5, penalty_weight=1e-2, per_device_train_batch_size=4, logging_steps=1,
+                           gradient_accumulation_steps=2, logging_strategy="steps")  # fmt: skip
     norms, checked = [], []
 
     def look(state: Any) -> None:

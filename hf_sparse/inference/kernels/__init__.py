@@ -17,6 +17,7 @@ from hf_sparse.inference.kernels.registry import (
     get_backend,
     register,
     requested_backend,
+    require_backend,
 )
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "get_backend",
     "register",
     "requested_backend",
+    "require_backend",
     "to_dense",
 ]
 

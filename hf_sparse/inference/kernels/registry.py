@@ -166,6 +166,21 @@ def requested_backend() -> str:
     return name
 
 
+def require_backend(name: str) -> Backend | None:
+    """Give a forced backend, which has to be available here; None for "auto", which forces none.
+
+    Raises:
+        ValueError: if it is not available; the message has the reason.
+    """
+    if name == "auto":
+        return None
+    backend = get_backend(name)
+    able, reason = backend.available()
+    if not able:
+        raise ValueError(f"{ENV_BACKEND}={name!r} cannot be used: {reason}")
+    return backend
+
+
 def choose_backend(spec: LayerSpec, name: str | None = None) -> Backend:
     """Pick the backend for a layer.
 
@@ -178,12 +193,12 @@ def choose_backend(spec: LayerSpec, name: str | None = None) -> Backend:
         ValueError: if a forced backend is not available here or cannot compute the layer; the message has the reason.
     """
     name = requested_backend() if name is None else name
-    if name != "auto":
-        backend = get_backend(name)
-        for able, reason in (backend.available(), backend.supports(spec)):
-            if not able:
-                raise ValueError(f"{ENV_BACKEND}={name!r} cannot be used: {reason}")
-        return backend
+    forced = require_backend(name)
+    if forced is not None:
+        able, reason = forced.supports(spec)
+        if not able:
+            raise ValueError(f"{ENV_BACKEND}={name!r} cannot be used: {reason}")
+        return forced
     for name in PREFERENCE:
         if _usable(name):
             backend = get_backend(name)
