@@ -11,7 +11,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3 python;
 
 BIN     := $(VENV)/bin
 KERNELS := hf_sparse/inference/kernels
-SETUP   := setup.cfg pyproject.toml $(wildcard setup.py $(KERNELS)/build.py $(KERNELS)/native/*.*)
+SETUP   := setup.cfg pyproject.toml $(wildcard setup.py hf_sparse/inference/kernels/build.py hf_sparse/inference/kernels/native/*.*)
 INSTALL := $(BIN)/python tools/pip_install.py $(VENV)/pip.log
 
 # Nothing below needs a network once the environment stands.

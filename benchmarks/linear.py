@@ -4,7 +4,8 @@ Engines: "nn.Linear" (what torch runs by default) and "onednn" (the same weight 
 CPU allows it) are dense; "auto" is `BlockSparseLinear` as a user gets it; "torch" and "cpu" are backends forced where
 they are available. The rows of a cell are measured in one process, call by call in turn. Rows that lose are kept.
 
-Usage: python benchmarks/linear.py [--smoke] [--dtype float32] [--threads 1] [--clock wall] [--seconds 0.2] [--out FILE]
+Usage: python benchmarks/linear.py [--smoke] [--dtype float32] [--threads 1] [--clock wall] [--seconds 0.2]
+           [--out FILE]
 """
 
 from __future__ import annotations

@@ -47,6 +47,7 @@ def time_interleaved(
     rounds: int = 5,
     warmup: int = 2,
     synchronize: Callable[[], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Name, Timing]:
     """Time callables side by side: each runs once per round, in an order that turns from round to round.
 

@@ -19,7 +19,8 @@ class BlockSparseLinear(nn.Module):
 
     It trains like a linear: gradients reach the kept blocks, the bias and x, and pruned blocks stay absent. What a
     backend makes of the blocks is built on the first call and again when the weight, the mask, the device or the dtype
-    changes. Writing through `weight.data` is the one change that torch does not tell of: call `eval()` after it.
+    changes. Two changes go unseen, and want `eval()` called after them: writing through `weight.data`, and updating
+    the weight of a layer in evaluation mode that `torch.compile` has compiled.
 
     Args:
         layer: geometry of the weight (`core.packing.LayerFormat`).
@@ -121,21 +122,28 @@ class BlockSparseLinear(nn.Module):
         """Compute [..., O] from x [..., I], any strides, any number of rows."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x must be [..., {self.in_features}], found shape {list(x.shape)}.")
-        # Parameters are taken where they are stored: attribute look-ups of a module show for one token.
-        weight: Any = self._parameters["weight"]
-        bias = self._parameters["bias"]
+        # Parameters are taken where they are stored: attribute look-ups of a module show for one token. The copies
+        # that nn.DataParallel makes have them elsewhere.
+        weight: Any = self._parameters.get("weight")
+        weight = self.weight if weight is None else weight
+        bias = self._parameters.get("bias", self.__dict__.get("bias"))
         backward = torch.is_grad_enabled() and (
             weight.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
         )
         compiling = torch.compiler.is_compiling()
-        if torch.is_autocast_enabled(x.device.type) or (backward and (self.training or compiling)):
+        autocast = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
+        if (autocast and (backward or compiling)) or (backward and (self.training or compiling)):
             # The weight changes before the next call, or torch decides on the dtypes: nothing is worth preparing.
             return linear(x, self.dense_weight(), bias)
-        if x.dtype is not weight.dtype:
-            raise TypeError(f"x is {x.dtype}, but the layer is {weight.dtype}: use x.to({weight.dtype}).")
+        dtype = weight.dtype
+        if autocast:
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+        if x.dtype is not dtype:
+            raise TypeError(f"x is {x.dtype}, but the layer is {dtype}: use x.to({dtype}).")
         ready = self._prepared
-        if ready is None or not (compiling or ready.fits(weight, self._buffers["weight_block_mask"])):
-            ready = self._prepare()
+        if ready is None or not (compiling or ready.fits(weight, self._buffers["weight_block_mask"], dtype)):
+            ready = self._prepare(dtype)
         flat = x if x.dim() == 2 else x.reshape(-1, self.in_features)
         if backward:
             y = WithGradient.apply(flat, weight, bias, ready)
@@ -146,7 +154,7 @@ class BlockSparseLinear(nn.Module):
     def backend(self) -> str:
         """Name the backend that computes this layer outside of training."""
         ready = self._prepared
-        return (ready if ready is not None else self._prepare()).backend.name
+        return (ready if ready is not None else self._prepare(self.weight.dtype)).backend.name
 
     def extra_repr(self) -> str:
         """Say the shapes, for `print`."""
@@ -175,8 +183,8 @@ class BlockSparseLinear(nn.Module):
         return self._indexed
 
     @torch.compiler.disable
-    def _prepare(self) -> Prepared:
-        self._prepared = Prepared.from_values(self.weight, self.weight_block_mask, self._index())
+    def _prepare(self, dtype: torch.dtype) -> Prepared:
+        self._prepared = Prepared.from_values(self.weight, self.weight_block_mask, self._index(), dtype)
         return self._prepared
 
     def _apply(self, fn: Any, recurse: bool = True) -> BlockSparseLinear:

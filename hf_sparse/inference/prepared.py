@@ -77,6 +77,7 @@ class Prepared:
         backend: the choice.
         index: where the blocks belong.
         state: what `backend.prepare` gave.
+        dtype: of x and of the result.
         few: calls with fewer tokens run dense.
         dense: [O, I], the weight for those calls; None where there are none.
     """
@@ -86,22 +87,24 @@ class Prepared:
     backend: Backend
     index: BlockIndex
     state: Any
+    dtype: torch.dtype
     few: int
     dense: Tensor | None
 
     @classmethod
-    def from_values(cls, weight: Tensor, bitmap: Tensor, index: BlockIndex) -> Prepared:
+    def from_values(cls, weight: Tensor, bitmap: Tensor, index: BlockIndex, dtype: torch.dtype) -> Prepared:
         """Choose a backend and let it prepare.
 
         Args:
             weight: [N, h, w].
             bitmap: of the layer, for the stamp.
             index: read from the bitmap.
+            dtype: to compute in; another than the weight's under autocast.
 
         Raises:
             ValueError: if a forced backend cannot be used.
         """
-        name, values = requested_backend(), weight.detach()
+        name, values = requested_backend(), weight.detach().to(dtype)
         backend = choose_backend(LayerSpec(layer=index.layer, device=values.device, dtype=values.dtype), name)
         few, dense = 1, None
         with torch.no_grad():
@@ -113,11 +116,11 @@ class Prepared:
                     state = backend.prepare(values, index)
                 elif wins_from > 1:
                     few, dense = wins_from, to_dense(values, index)
-        return cls(Stamp(weight), Stamp(bitmap), backend, index, state, few, dense)
+        return cls(Stamp(weight), Stamp(bitmap), backend, index, state, dtype, few, dense)
 
-    def fits(self, weight: Tensor, bitmap: Tensor | None) -> bool:
-        """Tell whether weight and bitmap are still those it was made of."""
-        return self.weight.fits(weight) and self.mask.fits(bitmap)
+    def fits(self, weight: Tensor, bitmap: Tensor | None, dtype: torch.dtype) -> bool:
+        """Tell whether weight and bitmap are still those it was made of, and the dtype the one that is asked for."""
+        return self.dtype is dtype and self.weight.fits(weight) and self.mask.fits(bitmap)
 
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Compute [M, O] from x [M, I]."""

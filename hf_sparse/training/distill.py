@@ -144,15 +144,15 @@ def logits_loss(
         A scalar, float32.
     """
     attention_mask = inputs.get("attention_mask")
-    if getattr(student, "start_logits", None) is not None:
-        sides = [(getattr(student, s), getattr(teacher, s)) for s in ("start_logits", "end_logits")]
+    if output(student, "start_logits") is not None:
+        sides = [(output(student, s), output(teacher, s)) for s in ("start_logits", "end_logits")]
         if attention_mask is not None:
             padding = attention_mask == 0
             sides = [(s.masked_fill(padding, -1e4), t.masked_fill(padding, -1e4)) for s, t in sides]
         losses = [distillation_loss(s, t, temperature) for s, t in sides]
         return (losses[0] + losses[1]) / 2
     unit = logits_unit(student, inputs)
-    student_logits, teacher_logits = student.logits, teacher.logits
+    student_logits, teacher_logits = output(student, "logits"), output(teacher, "logits")
     if student_logits.ndim == 2:
         problem = getattr(config, "problem_type", None)
         if problem == "regression" or (problem is None and student_logits.shape[-1] == 1):
@@ -170,15 +170,20 @@ def logits_loss(
     return distillation_loss(student_logits, teacher_logits, temperature, mask=mask)
 
 
+def output(outputs: Any, name: str) -> Any:
+    """Give one of a model's outputs, or None; models of transformers return objects, others plain dictionaries."""
+    return outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
+
+
 def logits_unit(student: Any, inputs: Mapping[str, Tensor]) -> str:
     """Tell of what `logits_loss` is a mean: an entry of `share.UNITS`.
 
     Raises:
         ValueError: if the model gives no logits that could be distilled.
     """
-    if getattr(student, "start_logits", None) is not None:
+    if output(student, "start_logits") is not None:
         return "samples"
-    logits = getattr(student, "logits", None)
+    logits = output(student, "logits")
     if logits is None or logits.ndim not in (2, 3):
         found = "none" if logits is None else f"logits of shape {list(logits.shape)}"
         raise ValueError(

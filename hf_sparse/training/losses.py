@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse.training.config import SparseDistillConfig
-from hf_sparse.training.distill import attention_loss, hidden_loss, logits_loss, logits_unit
+from hf_sparse.training.distill import attention_loss, hidden_loss, logits_loss, logits_unit, output
 from hf_sparse.training.distributed import sum_over_ranks, world_size
 
 
@@ -110,7 +110,7 @@ def _pairs(student: Any, teacher: Any, kind: str, inputs: Mapping[str, Any], fie
     ]
     pairs = []
     for name, mask in sides:
-        mine, theirs = getattr(student, name, None), getattr(teacher, name, None)
+        mine, theirs = output(student, name), output(teacher, name)
         if mine and theirs and all(x is not None for x in (*mine, *theirs)):
             real = inputs.get(mask)
             if real is None and name.startswith("decoder_") and inputs.get("labels") is not None:

@@ -257,6 +257,49 @@ def test_autocast(backend: str, grad: bool) -> None:
         assert layer.weight.grad.dtype == torch.float32
 
 
+def test_autocast_prepares_once_and_lets_go(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    chosen = get_backend(backend)
+    prepare = chosen.prepare
+    monkeypatch.setattr(chosen, "prepare", lambda values, *args: calls.append(values.dtype) or prepare(values, *args))
+    dense, layer = pair()
+    x = torch.randn(3, I)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            for _ in range(3):
+                torch.testing.assert_close(layer(x), dense(x))
+            with torch.autocast("cpu", enabled=False):
+                torch.testing.assert_close(layer(x), dense(x))
+        torch.testing.assert_close(layer(x), dense(x))
+    assert calls == [torch.bfloat16, torch.float32]
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    dense, layer = pair(dtype=torch.float64)
+    x = torch.randn(3, I, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert layer(x).dtype == dense(x).dtype == torch.float64
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_replicas_of_data_parallel(backend: str, bias: bool) -> None:
+    # nn.DataParallel needs several GPUs; this is what it does to a module.
+    dense, layer = pair(bias=bias)
+    replica = layer._replicate_for_data_parallel()
+    for name, parameter in layer._parameters.items():
+        if parameter is None:
+            replica._parameters[name] = None
+        else:
+            setattr(replica, name, parameter.detach().clone().requires_grad_())
+    replica.weight_block_mask = layer.weight_block_mask.clone()
+    x = torch.randn(3, I)
+    for training in (True, False):
+        replica.training = training
+        torch.testing.assert_close(replica(x), dense(x))
+        with torch.no_grad():
+            torch.testing.assert_close(replica(x), dense(x))
+
+
 @pytest.mark.parametrize(("grad", "warm"), [(False, False), (False, True), (True, False)])
 def test_compile(grad: bool, warm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_SPARSE_BACKEND", "torch")

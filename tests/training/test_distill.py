@@ -310,3 +310,13 @@ def test_graft_wants_one_draw_per_layer() -> None:
         graft(bert(0), bert(5), [True] * 3),
     ):
         pass
+
+
+def test_plain_dictionaries_are_outputs_too() -> None:
+    from hf_sparse.training.distill import logits_loss, logits_unit
+
+    student, teacher = {"logits": torch.tensor([[1.0, 0.0]])}, {"logits": torch.tensor([[0.0, 1.0]])}
+    inputs = {"input_ids": torch.ones(1, 3, dtype=torch.long)}
+    assert logits_unit(student, inputs) == "samples"
+    expected = distillation_loss(student["logits"], teacher["logits"], temperature=2.0)
+    assert torch.equal(logits_loss(student, teacher, inputs, None, 2.0, shifted=False), expected)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,3 +72,26 @@ def test_a_failed_build_leaves_the_old_library(tmp_path: Path, compiler: Path) -
 
 def test_the_sources_are_where_the_build_looks() -> None:
     assert (build.SOURCES / "kernel.cpp").exists() and (build.SOURCES / "dispatch.cpp").exists()
+
+
+def build_extension(output: Path) -> subprocess.CompletedProcess[str]:
+    pytest.importorskip("setuptools")
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(output), "--build-temp", str(output)]
+    root = Path(build.__file__).parents[3]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, env=dict(os.environ))
+
+
+@pytest.mark.usefixtures("compiler")
+def test_installing_builds_the_library(tmp_path: Path) -> None:
+    done = build_extension(tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "-shared" in (tmp_path / "out/hf_sparse/inference/kernels/_native.so").read_text()
+
+
+def test_installing_without_a_compiler_only_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    done = build_extension(tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "models will run in plain torch: no C++ compiler" in done.stderr
+    assert not list(tmp_path.rglob("*.so"))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse.core.packing import FormatError, LayerFormat
-from hf_sparse.inference.kernels import block_sparse_linear, library
+from hf_sparse.inference.kernels import block_sparse_linear, cpu, library
 from hf_sparse.inference.kernels.bands import Bands
 from hf_sparse.inference.kernels.cpu import CpuBackend, CpuWeight, check_bands, status
 from hf_sparse.inference.kernels.reference import activate, to_dense
@@ -238,6 +238,30 @@ def test_supports_says_why_not() -> None:
         assert not able
         with pytest.raises(ValueError, match=reason):
             raise ValueError(found)
+
+
+@pytest.mark.parametrize(
+    ("block", "shape", "at_most"),
+    [
+        *(((8, 1), (64, 64), 0.7), ((32, 32), (640, 640), 0.7), ((2, 1), (64, 64), 0.5), ((1, 1), (64, 64), 0.25)),
+        *(((1, 8), (64, 64), 0.5), ((1, 6), (64, 66), 0.25), ((1, 8), (64, 2048), 0.25)),
+    ],
+)
+def test_wins_up_to_a_density(
+    block: tuple[int, int], shape: tuple[int, int], at_most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = shape[0] // block[0] * (shape[1] // block[1])
+
+    def wins(density: float, dtype: torch.dtype) -> bool:
+        layer = LayerFormat(block_shape=block, kept=round(density * blocks), dense_shape=shape)
+        return CpuBackend().wins(LayerSpec(layer=layer, device=torch.device("cpu"), dtype=dtype))
+
+    monkeypatch.setattr(cpu, "_has_amx", lambda: False)
+    assert wins(at_most, torch.float32) and wins(at_most, torch.bfloat16)
+    assert not wins(at_most + 0.26, torch.float32)
+    monkeypatch.setattr(cpu, "_has_amx", lambda: True)
+    assert wins(at_most, torch.float32) and not wins(at_most, torch.bfloat16)
+    assert wins(0.0, torch.bfloat16)
 
 
 def test_wrong_calls_are_refused() -> None:
