@@ -173,6 +173,8 @@ def write_tables(result: dict[str, Any]) -> None:
     text = DOCS.read_text(encoding="utf-8")
     for task in dict.fromkeys(row["task"] for row in result["rows"]):
         mark, end = f"<!-- table:glue_first_runs {task} -->\n", "<!-- /table -->"
+        if mark not in text:
+            raise ValueError(f"{DOCS} has no place for {task}: add the lines {mark.strip()} and {end}.")
         head, tail = text.split(mark)
         text = head + mark + render(result, task) + "\n" + tail[tail.index(end) :]
     DOCS.write_text(text, encoding="utf-8")

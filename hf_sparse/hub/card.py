@@ -65,7 +65,7 @@ def card_metadata(facts: CardFacts) -> ModelCardData:
         license=facts.license,
         language=facts.language,
         pipeline_tag=facts.task,
-        tags=list(TAGS),
+        tags=list(dict.fromkeys([*TAGS, *facts.tags])),
         datasets=[facts.data.hub_id] if facts.data and facts.data.hub_id else None,
         metrics=list(dict.fromkeys(metric.type for metric in facts.metrics)) or None,
         model_name=facts.name if results else None,

@@ -137,6 +137,7 @@ class CardFacts:
         seed: random seed of the training.
         versions: package -> version.
         limits: what the model must not be trusted with, one sentence each.
+        tags: Hub tags beside those that every card has.
     """
 
     name: str
@@ -163,6 +164,7 @@ class CardFacts:
     seed: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
     limits: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Give the JSON form; facts that were not recorded are left out."""

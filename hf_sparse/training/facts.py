@@ -74,6 +74,9 @@ def with_given(facts: CardFacts, given: Mapping[str, Any]) -> CardFacts:
                       ("finetuned_from", "base_model"), ("tasks", "task")):  # fmt: skip
         if given.get(key) is not None:
             changes[fact] = _first(given[key])
+    if given.get("tags"):
+        tags = given["tags"]
+        changes["tags"] = (tags,) if isinstance(tags, str) else tuple(tags)
     if given.get("dataset") is not None:
         changes["data"] = DataFacts(
             name=_first(given["dataset"]),

@@ -73,9 +73,6 @@ class Pruner:
             shape = self.masks.block_shapes[name]
             value, gradient = penalty_gradient(weight_view(module), shape, self._coef(name))
             values.append(value)
-            if not module.weight.requires_grad:
-                # A frozen weight does not move, so its gradient must not count in clipping either.
-                continue
             grad = grad_view(module)
             if grad is None:
                 # A layer that the teacher stood in for in every micro-batch still feels the penalty.

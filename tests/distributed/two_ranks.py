@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tests.training.scenarios import TASKS, everything_on, model_for, set_quiet
 from tests.training.test_trainer_options import mean_loss, sum_loss
-from tests.training.tiny import Watch, bert, gradients_of, make_trainer, rows, weights_of
+from tests.training.tiny import CHECKPOINTING, Watch, bert, gradients_of, make_trainer, rows, weights_of
 
 RESUMED = {
     "max_steps": 6, "sparsity": 0.6, "sparsity_end": 0.7, "mask_updates": 2, "penalty_weight": 1e-3, "kd_weight": 0.5,
@@ -129,7 +129,7 @@ def loss_functions(folder: Path) -> dict[str, Any]:
 
 def checkpointing(folder: Path) -> dict[str, Any]:
     """Gradients with grafting and activation checkpointing, which need unused parameters to be looked for."""
-    return {"gradients": gradients_of(everything_on("classes", folder, 4, 1, activation_checkpointing=True))}
+    return {"gradients": gradients_of(everything_on("classes", folder, 4, 1, **{CHECKPOINTING: True}))}
 
 
 def off_target(folder: Path) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from typing import Any
 
 import transformers as tf
 
-from tests.training.tiny import bert, llama, make_trainer, pad, pad_to_10, rows
+from tests.training.tiny import bert, gpt2, llama, make_trainer, pad, pad_to_10, rows
 
-TASKS = ("classes", "multi_label", "regression", "tagging", "qa", "mlm", "lm")
+TASKS = ("classes", "multi_label", "regression", "tagging", "qa", "mlm", "lm", "gpt2")
 
 # One mask update in the middle, one reweighting before and one after the first step, half the layers grafted.
 ALL_ON = {
@@ -23,6 +23,8 @@ def model_for(task: str, seed: int) -> Any:
     """A tiny model for a task of `rows`."""
     if task == "lm":
         return llama(seed)
+    if task == "gpt2":
+        return gpt2(seed)
     if task == "mlm":
         return bert(seed, "MaskedLM")
     if task == "tagging":

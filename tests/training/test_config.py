@@ -13,6 +13,7 @@ from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArg
 
 from hf_sparse import SparseDistillConfig
 from hf_sparse.training.presets import PRESETS
+from tests.training.tiny import CHECKPOINTING
 
 QUIET = {"output_dir": "out", "use_cpu": True, "report_to": "none"}
 
@@ -262,7 +263,7 @@ PLAIN = {
     "per_device_train_batch_size": 3, "per_device_eval_batch_size": 9, "dataloader_num_workers": 0,
     "remove_unused_columns": False, "label_names": ["labels"], "run_name": "mine", "disable_tqdm": True,
     "ddp_find_unused_parameters": False, "accelerator_config": {"split_batches": True}, "greater_is_better": True,
-    "activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False},
+    CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False},
 }  # fmt: skip
 
 

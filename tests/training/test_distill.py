@@ -169,13 +169,15 @@ def _kd_by_hand(task: str, mine: Any, theirs: Any, inputs: dict[str, Tensor]) ->
     for b in range(len(labels)):
         for i in range(labels.shape[1]):
             # A causal model's position i predicts token i + 1, the others their own.
-            at = i - 1 if task == "lm" else i
+            at = i - 1 if task in ("lm", "gpt2") else i
             if labels[b, i] != -100 and at >= 0:
                 values.append(kl(s[b, at].tolist(), t[b, at].tolist()))
     return mean(values)
 
 
-@pytest.mark.parametrize("task", ["classes", "multi_label", "regression", "tagging", "qa", "mlm", "lm", "seq2seq"])
+@pytest.mark.parametrize(
+    "task", ["classes", "multi_label", "regression", "tagging", "qa", "mlm", "lm", "gpt2", "seq2seq"]
+)
 def test_each_task_is_distilled_in_its_own_way_and_logged(tmp_path: Path, task: str) -> None:
     expected, _ = kd_of(task)
     student, teacher = (t5(seed) if task == "seq2seq" else model_for(task, seed) for seed in (0, 5))

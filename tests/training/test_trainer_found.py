@@ -87,3 +87,12 @@ def test_a_run_that_diverged_says_so(tmp_path: Path) -> None:
         trainer.model.bert.encoder.layer[0].output.dense.weight[0, 0] = float("nan")
     with pytest.raises(RuntimeError, match="training diverged: bert.encoder.layer.0.output.dense holds NaN"):
         trainer.pruner.check_target()
+
+
+def test_tags_given_for_the_card_are_in_it(tmp_path: Path) -> None:
+    trainer = make_trainer(bert(), tmp_path, rows("classes", 8), sparsity=0.5, max_steps=2)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card(tags=["pruned", "mine"], language="en")
+    header = (tmp_path / "README.md").read_text().split("---")[1]
+    assert "- mine" in header and header.count("- pruned") == 1

@@ -14,6 +14,7 @@ from transformers import EvalPrediction, Trainer, TrainingArguments
 from hf_sparse import SparseDistillConfig, SparseDistillTrainer
 from tests.training.scenarios import model_for
 from tests.training.tiny import (
+    CHECKPOINTING,
     Watch,
     arguments,
     assert_same,
@@ -206,9 +207,9 @@ def test_activation_checkpointing_with_grafting_gives_the_same_gradients(tmp_pat
 
     def run(checkpointing: bool) -> list[dict[str, torch.Tensor]]:
         trainer = make_trainer(make(0), tmp_path, rows(task, 16), make(5), sparsity=0.5, max_steps=3, **ALL_LOSSES,
-                               activation_checkpointing=checkpointing, optim="sgd", max_grad_norm=0.0)  # fmt: skip
+                               **{CHECKPOINTING: checkpointing}, optim="sgd", max_grad_norm=0.0)  # fmt: skip
         gradients = gradients_of(trainer)
-        assert bool(getattr(trainer.model, "is_activation_checkpointing", False)) == checkpointing
+        assert bool(getattr(trainer.model, f"is_{CHECKPOINTING}")) == checkpointing
         return gradients
 
     for first, second in zip(run(False), run(True), strict=True):
@@ -257,7 +258,7 @@ def test_a_model_that_a_bf16_trainer_has_wrapped_before_gets_a_teacher_of_its_ow
 def test_torch_compile_with_grafting(tmp_path: Path) -> None:
     def run(**given: Any) -> Any:
         student, teacher = (bert(seed, num_hidden_layers=1) for seed in (0, 5))
-        trainer = make_trainer(student, tmp_path, rows("classes", 16), teacher, sparsity=0.5, max_steps=3, optim="sgd",
+        trainer = make_trainer(student, tmp_path, rows("classes", 16), teacher, sparsity=0.5, max_steps=2, optim="sgd",
                                hidden_weight=0.5, graft_start=0.5, graft_end=1.0, extra={"data_collator": pad_to_10},
                                **given)  # fmt: skip
         trainer.train()

@@ -14,6 +14,10 @@ from transformers import TrainerCallback
 from hf_sparse import SparseDistillConfig, SparseDistillTrainer
 
 VOCAB = 40
+# The name of the option has changed between the oldest and the newest transformers that are supported.
+CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(tf.TrainingArguments, name)
+)
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
@@ -37,6 +41,15 @@ def llama(seed: int = 0, **changes: Any) -> tf.LlamaForCausalLM:
     config = tf.LlamaConfig(vocab_size=VOCAB, num_key_value_heads=1, max_position_embeddings=32, pad_token_id=0,
                             **{**SMALL, **changes})  # fmt: skip
     return stirred(tf.LlamaForCausalLM(config))
+
+
+def gpt2(seed: int = 0, kind: str = "LMHeadModel", **changes: Any) -> Any:
+    """A GPT-2 of 2 layers without dropout: linears stored the other way round, and a class older than its scheme."""
+    torch.manual_seed(seed)
+    settings = {"vocab_size": VOCAB, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2, "num_labels": 3,
+                "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "pad_token_id": 0, "bos_token_id": 1,
+                "eos_token_id": 2, **changes}  # fmt: skip
+    return stirred(getattr(tf, f"GPT2{kind}")(tf.GPT2Config(**settings)))
 
 
 def t5(seed: int = 0, **changes: Any) -> tf.T5ForConditionalGeneration:
@@ -83,7 +96,7 @@ def rows(task: str, count: int, seed: int = 1, labels: int = 3) -> list[dict[str
             row["labels"] = [-100, *pick(labels, len(ids) - 1)]
         elif task == "qa":
             row["start_positions"], row["end_positions"] = pick(len(ids))[0], pick(len(ids))[0]
-        elif task == "lm":
+        elif task in ("lm", "gpt2"):
             row["labels"] = list(ids)
         elif task == "mlm":
             row["labels"] = [token if i % 3 == 1 else -100 for i, token in enumerate(ids)]
