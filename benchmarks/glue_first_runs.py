@@ -132,7 +132,7 @@ def floor_score(task: str, model: Path, data: Path) -> float:
         value.backward()
         return value
 
-    optimizer.step(loss)  # type: ignore[arg-type]
+    optimizer.step(loss)
     return float((linear((dev_x - shift) / scale).argmax(1) == dev_y).float().mean())
 
 

@@ -75,6 +75,7 @@ hfs_parallel_fn parallel = nullptr;
 hfs_parallel_fn hfs_parallel(void) { return parallel; }
 
 float* hfs_scratch(int slot, size_t count) {
+    if (count == 0) count = 1;  // null means that there is no memory
     if (scratch.size[slot] < count) {
         free(scratch.memory[slot]);
         scratch.size[slot] = 0;
