@@ -181,6 +181,7 @@ def _to_linear(layer: BlockSparseLinear) -> nn.Module:
 
 def _attach_quantizer(model: Any) -> None:
     # Both modules need the other; this one is used without transformers, too.
+    from hf_sparse.inference.encoder import fuse
     from hf_sparse.inference.loading import BlockSparseConfig, BlockSparseQuantizer
 
     modules = {name: layer.layer_format().to_dict() for name, layer in compressed_layers(model).items()}
@@ -189,9 +190,13 @@ def _attach_quantizer(model: Any) -> None:
     model.config.quantization_config = config
     model.is_quantized = True
     model.quantization_method = QUANT_METHOD
+    fuse(model)
 
 
 def _detach_quantizer(model: Any) -> None:
+    from hf_sparse.inference.encoder import unfuse
+
+    unfuse(model)
     model.hf_quantizer.remove_quantization_config(model)
     for module in model.modules():
         config: Any = getattr(module, "config", None)

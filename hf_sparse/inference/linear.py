@@ -116,7 +116,7 @@ class BlockSparseLinear(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """Give the weight as [O, I], zero where blocks were left out. Differentiable in `weight`."""
-        return to_dense(self.weight, self._index())
+        return to_dense(self.weight, self.index())
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute [..., O] from x [..., I], any strides, any number of rows."""
@@ -170,7 +170,8 @@ class BlockSparseLinear(nn.Module):
         super().train(mode)
         return self
 
-    def _index(self) -> BlockIndex:
+    def index(self) -> BlockIndex:
+        """Give where the kept blocks belong, read from the bitmap and checked."""
         cached = self._indexed
         if cached is None or not (torch.compiler.is_compiling() or cached.fits(self.weight_block_mask)):
             cached = self._make_index()
@@ -184,7 +185,7 @@ class BlockSparseLinear(nn.Module):
 
     @torch.compiler.disable
     def _prepare(self, dtype: torch.dtype) -> Prepared:
-        self._prepared = Prepared.from_values(self.weight, self.weight_block_mask, self._index(), dtype)
+        self._prepared = Prepared.from_values(self.weight, self.weight_block_mask, self.index(), dtype)
         return self._prepared
 
     def _apply(self, fn: Any, recurse: bool = True) -> BlockSparseLinear:

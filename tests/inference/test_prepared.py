@@ -104,7 +104,7 @@ def test_more_tokens_and_fewer_blocks_never_lose_a_win() -> None:
     starts = []
     for density in (0.02, 0.05, 0.1, 0.2, 0.3):
         _, module = layer((1536, 384), (32, 1), density)
-        index = module._index()
+        index = module.index()
         starts.append(backend.from_tokens(backend.prepare(module.weight, index)) or 10**9)
     assert starts == sorted(starts)
     assert starts[0] < 64

@@ -8,6 +8,7 @@
 namespace {
 
 typedef int (*linear_fn)(const hfs_weight&, const hfs_call&);
+typedef int (*encoder_fn)(const hfs_encoder&, const hfs_encoder_call&);
 
 // build.py defines HFS_WITH_* for every instruction set that the compiler could compile. Float32 weights on a CPU that
 // also multiplies bfloat16 are computed by the kernels of the set below.
@@ -39,6 +40,37 @@ const linear_fn PAIRS[HFS_ISA_COUNT] = {
     nullptr,
 #endif
 };
+
+// The same for encoders: float32 or what has no pairs, and pairs of bfloat16.
+const encoder_fn SINGLE_ENCODER[HFS_ISA_COUNT] = {
+    hfs_encoder_portable,
+#if defined(HFS_WITH_AVX2)
+    hfs_encoder_avx2,
+#else
+    nullptr,
+#endif
+#if defined(HFS_WITH_AVX512)
+    hfs_encoder_avx512,
+#else
+    nullptr,
+#endif
+#if defined(HFS_WITH_AVX512) && defined(HFS_WITH_AVX512BF16)
+    hfs_encoder_avx512,
+#else
+    nullptr,
+#endif
+};
+const encoder_fn PAIRS_ENCODER[HFS_ISA_COUNT] = {
+    nullptr,
+    nullptr,
+    nullptr,
+#if defined(HFS_WITH_AVX512) && defined(HFS_WITH_AVX512BF16)
+    hfs_encoder_avx512bf16,
+#else
+    nullptr,
+#endif
+};
+bool of_pairs(const hfs_weight& w) { return w.kind == HFS_NEIGHBOURS || w.kind == HFS_COUPLES; }
 
 bool cpu_has(int isa) {
 #if defined(HFS_EMULATED)
@@ -132,6 +164,42 @@ int hfs_linear(const hfs_weight* weight, const void* bias, const void* x, int64_
     }
     const hfs_call call = {bias, x, x_stride, y, tokens, activation, threads};
     return (weight->kind == HFS_SINGLE || weight->kind == HFS_SEGMENTS ? SINGLE : PAIRS)[weight->isa](*weight, call);
+}
+
+int hfs_encoder_check(const hfs_encoder* e) {
+    const int64_t most = INT32_MAX, width = e->heads * e->head_size;
+    if (e->layers < 1 || e->layers > 4096 || e->hidden < 2 || e->hidden > most || e->hidden % 2 || e->heads < 1 ||
+        e->heads > 4096 || e->head_size < 8 || e->head_size > 4096 || e->head_size % 8 || e->intermediate < 1 ||
+        e->intermediate > most || !e->layer || !(e->scale > 0) || e->activation < HFS_NONE || e->activation > HFS_RELU) {
+        return HFS_BAD_ARGUMENT;
+    }
+    const int64_t shape[6][2] = {{width, e->hidden}, {width, e->hidden},         {width, e->hidden},
+                                 {e->hidden, width}, {e->intermediate, e->hidden}, {e->hidden, e->intermediate}};
+    const bool pairs = of_pairs(*e->layer[0].weight[0]);
+    for (int64_t l = 0; l < e->layers; l++) {
+        for (int i = 0; i < 6; i++) {
+            const hfs_weight& w = *e->layer[l].weight[i];
+            // Pairs are rounded two rows at a time.
+            if (w.out_features != shape[i][0] || w.in_features != shape[i][1] || w.kind == HFS_SEGMENTS ||
+                of_pairs(w) != pairs || w.dtype != e->dtype || w.isa != e->isa || (pairs && w.height % 2)) {
+                return HFS_BAD_ARGUMENT;
+            }
+        }
+        for (int i = 0; i < 4; i++) {
+            if (!e->layer[l].norm[i]) return HFS_BAD_ARGUMENT;
+        }
+    }
+    return hfs_isa_available(e->isa) && (pairs ? PAIRS_ENCODER : SINGLE_ENCODER)[e->isa] ? HFS_OK : HFS_NO_ISA;
+}
+
+int hfs_encoder_run(const hfs_encoder* e, const void* x, void* y, int64_t batch, int64_t length, const float* mask,
+                    const float* bias, int threads) {
+    if (batch < 0 || length < 0 || batch > INT32_MAX || length > INT32_MAX || batch * length > INT32_MAX || threads < 1) {
+        return HFS_BAD_ARGUMENT;
+    }
+    if (batch == 0 || length == 0) return HFS_OK;
+    const hfs_encoder_call call = {x, y, batch, length, mask, bias, threads};
+    return (of_pairs(*e->layer[0].weight[0]) ? PAIRS_ENCODER : SINGLE_ENCODER)[e->isa](*e, call);
 }
 
 }  // extern "C"

@@ -20,7 +20,7 @@ enum hfs_activation { HFS_NONE = 0, HFS_GELU = 1, HFS_GELU_TANH = 2, HFS_SILU = 
 enum hfs_dtype { HFS_FLOAT32 = 0, HFS_BFLOAT16 = 1 };
 // ROWS: outputs in lanes, reads and writes row-major. LANES: tokens in lanes, activations are packed around it.
 enum hfs_form { HFS_AUTO = 0, HFS_ROWS = 1, HFS_LANES_FORM = 2 };
-enum hfs_status { HFS_OK = 0, HFS_BAD_ARGUMENT = 1, HFS_BAD_INDEX = 2, HFS_NO_ISA = 3, HFS_NO_MEMORY = 4 };
+enum hfs_status { HFS_OK = 0, HFS_BAD_ARGUMENT = 1, HFS_BAD_INDEX = 2, HFS_NO_ISA = 3, HFS_NO_MEMORY = 4, HFS_ALL_MASKED = 5 };
 
 // How a weight is stored.
 // SINGLE: float32; a step is one column.
@@ -48,6 +48,23 @@ struct hfs_weight {
     int32_t form;               // hfs_form
 };
 
+// An encoder of post-LayerNorm transformer layers: h = norm(h + attention(h)), h = norm(h + down(activation(up(h)))).
+// Biases and the parameters of the norms are float32, whatever the type of the weights; biases may be null.
+struct hfs_encoder_layer {
+    const struct hfs_weight* weight[6];  // query, key, value, output, up, down; of kind SINGLE, NEIGHBOURS or COUPLES
+    const float* bias[6];
+    const float* norm[4];  // gain and shift after attention, gain and shift at the end
+};
+struct hfs_encoder {
+    int64_t layers, hidden, heads, head_size, intermediate;  // head_size is a multiple of 8
+    const struct hfs_encoder_layer* layer;
+    float scale;           // of the scores: 1 / sqrt(head_size)
+    float eps[2];          // of the norms
+    int32_t activation;    // hfs_activation
+    int32_t dtype;         // hfs_dtype of x and y
+    int32_t isa;           // hfs_isa
+};
+
 HFS_EXPORT int hfs_abi(void);
 // 1 if this library holds the instruction set and this CPU has it.
 HFS_EXPORT int hfs_isa_available(int isa);
@@ -57,6 +74,13 @@ HFS_EXPORT int hfs_check(const struct hfs_weight* weight);
 // x_stride elements apart; bias may be null. The weight must have passed hfs_check.
 HFS_EXPORT int hfs_linear(const struct hfs_weight* weight, const void* bias, const void* x, int64_t x_stride, void* y,
                           int64_t tokens, int activation, int threads);
+// HFS_OK, or why the encoder must not be used. Every weight must have passed hfs_check.
+HFS_EXPORT int hfs_encoder_check(const struct hfs_encoder* encoder);
+// y = encoder(x), both [batch, length, hidden] and contiguous. mask: [batch, length] float32 added to the scores of a key,
+// or null. bias: [heads, keys, queries] float32 added to the scores and divided by scale already, with keys and queries
+// padded to a multiple of 16; or null. HFS_ALL_MASKED where a sequence has no key that is not masked: y is not written.
+HFS_EXPORT int hfs_encoder_run(const struct hfs_encoder* encoder, const void* x, void* y, int64_t batch, int64_t length,
+                               const float* mask, const float* bias, int threads);
 // The process's own OpenMP entry point, GOMP_parallel(fn, data, num_threads, flags), so that there is one pool of
 // threads: the library links no OpenMP runtime of its own. Null: every call runs on the calling thread.
 HFS_EXPORT void hfs_set_parallel(void (*gomp_parallel)(void (*)(void*), void*, unsigned, unsigned));

@@ -2,6 +2,7 @@
 // multiplies pairs of bfloat16 is compiled with HFS_PAIRS, and then holds the kernels for those alone.
 #include "kernel.h"
 
+#include "encoder.h"
 #include "linear.h"
 
 #define HFS_JOIN2(a, b) a##b
@@ -13,5 +14,14 @@ int HFS_JOIN(hfs_linear_, HFS_ISA)(const hfs_weight& weight, const hfs_call& cal
     return weight.kind == HFS_NEIGHBOURS ? linear<Neighbours>(weight, call) : linear<Couples>(weight, call);
 #else
     return weight.dtype == HFS_BFLOAT16 ? linear<Single<bf16>>(weight, call) : linear<Single<float>>(weight, call);
+#endif
+}
+
+int HFS_JOIN(hfs_encoder_, HFS_ISA)(const hfs_encoder& encoder, const hfs_encoder_call& call) {
+    using namespace HFS_ISA;
+#if defined(HFS_PAIRS)
+    return run_encoder<bf16>(encoder, call);
+#else
+    return encoder.dtype == HFS_BFLOAT16 ? run_encoder<bf16>(encoder, call) : run_encoder<float>(encoder, call);
 #endif
 }

@@ -11,7 +11,18 @@ struct hfs_call {
     int activation, threads;
 };
 
-#define HFS_DECLARE(isa) __attribute__((visibility("hidden"))) int hfs_linear_##isa(const hfs_weight&, const hfs_call&)
+struct hfs_encoder_call {
+    const void* x;
+    void* y;
+    int64_t batch, length;
+    const float* mask;
+    const float* bias;
+    int threads;
+};
+
+#define HFS_DECLARE(isa)                                                                               \
+    __attribute__((visibility("hidden"))) int hfs_linear_##isa(const hfs_weight&, const hfs_call&);    \
+    __attribute__((visibility("hidden"))) int hfs_encoder_##isa(const hfs_encoder&, const hfs_encoder_call&)
 HFS_DECLARE(portable);
 HFS_DECLARE(avx2);
 HFS_DECLARE(avx512);

@@ -8,29 +8,32 @@
 
 namespace HFS_ISA {
 
+// Copy [rows][stride] results of one vector of tokens back to row-major y.
+template <int W, typename Y>
+static void unpack_tile(const float* lanes, int64_t stride, int64_t rows, int64_t tokens, Y* y, int64_t y_stride) {
+    int64_t o = 0;
+    for (; o + W <= rows; o += W) {
+        Vec<W> tile[W];
+        HFS_UNROLL
+        for (int i = 0; i < W; i++) tile[i] = load<W>(lanes + (o + i) * stride);
+        transpose<W>(tile);
+        if (tokens >= W) {
+            HFS_UNROLL
+            for (int i = 0; i < W; i++) write<W>(y + i * y_stride + o, tile[i]);
+        } else {
+            for (int i = 0; i < tokens; i++) write<W>(y + i * y_stride + o, tile[i]);
+        }
+    }
+    for (; o < rows; o++) {
+        for (int i = 0; i < W && i < tokens; i++) write<1>(y + i * y_stride + o, lanes[o * stride + i]);
+    }
+}
+
 // Copy a strip [rows][T * W] of results back to row-major y.
 template <int W, typename Y>
 static void unpack_lanes(const float* strip, int64_t rows, int vectors, int tokens, Y* y, int64_t y_stride) {
-    const int64_t group = (int64_t)vectors * W;
     for (int t = 0; t < vectors && t * W < tokens; t++) {
-        const int valid = tokens - t * W < W ? tokens - t * W : W;
-        Y* out = y + (int64_t)t * W * y_stride;
-        int64_t o = 0;
-        for (; o + W <= rows; o += W) {
-            Vec<W> tile[W];
-            HFS_UNROLL
-            for (int i = 0; i < W; i++) tile[i] = load<W>(strip + (o + i) * group + t * W);
-            transpose<W>(tile);
-            if (valid == W) {
-                HFS_UNROLL
-                for (int i = 0; i < W; i++) write<W>(out + i * y_stride + o, tile[i]);
-            } else {
-                for (int i = 0; i < valid; i++) write<W>(out + i * y_stride + o, tile[i]);
-            }
-        }
-        for (; o < rows; o++) {
-            for (int i = 0; i < valid; i++) write<1>(out + i * y_stride + o, strip[o * group + t * W + i]);
-        }
+        unpack_tile<W>(strip + t * W, (int64_t)vectors * W, rows, tokens - t * W, y + (int64_t)t * W * y_stride, y_stride);
     }
 }
 
