@@ -18,7 +18,7 @@ INSTALL := $(BIN)/python tools/pip_install.py $(VENV)/pip.log
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format tables clean distclean
+.PHONY: help demo test check sanitize format tables clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' | \
@@ -36,11 +36,14 @@ check: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+sanitize: $(VENV)/.torch ## the native kernels under AddressSanitizer and UBSan, every instruction set emulated
+	$(BIN)/python $(KERNELS)/build.py test
+
 format: $(VENV)/.dev ## let ruff lay out the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-tables: $(VENV)/.demo ## write the tables of README.md anew from benchmarks/results/
+tables: $(VENV)/.demo ## write the tables of README.md and docs/ anew from benchmarks/results/
 	@$(BIN)/python benchmarks/tables.py
 
 clean: ## remove what was built

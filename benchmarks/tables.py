@@ -1,6 +1,6 @@
-"""Write the tables of README.md from the JSON files under benchmarks/results/, so that no number is typed by hand.
+"""Write the tables of README.md and docs/kernels.md from the JSON files under benchmarks/results/.
 
-A table NAME stands between `<!-- table:NAME -->` and `<!-- /table:NAME -->` and comes from results/NAME.json.
+So no number is typed by hand. A table NAME stands between `<!-- table:NAME -->` and `<!-- /table:NAME -->`.
 
 Usage: python benchmarks/tables.py [--check]
 """
@@ -11,11 +11,16 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-README = REPOSITORY / "README.md"
+sys.path.insert(0, str(REPOSITORY))
+
+from benchmarks import speed_tables  # noqa: E402
+
+DOCUMENTS = (REPOSITORY / "README.md", REPOSITORY / "docs" / "kernels.md")
 RESULTS = REPOSITORY / "benchmarks" / "results"
 
 _MARKED = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n)(.*?)(<!-- /table:(?P=name) -->)", re.DOTALL)
@@ -37,14 +42,22 @@ def demo_table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *(f"- {note}" for note in results["notes"]), f"- {source}"])
 
 
-LAYOUTS: dict[str, Callable[[dict[str, Any]], str]] = {"demo": demo_table}
+# {name of the table: (name of its JSON file, how it is laid out)}.
+LAYOUTS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "demo": ("demo", demo_table),
+    "cpu": ("cpu_encoder", speed_tables.short_table),
+    "cpu_encoder_float32": ("cpu_encoder", partial(speed_tables.encoder_table, dtype="float32")),
+    "cpu_encoder_bfloat16": ("cpu_encoder", partial(speed_tables.encoder_table, dtype="bfloat16")),
+    "cpu_linear": ("cpu_linear", speed_tables.linear_table),
+    "cpu_deepsparse": ("cpu_deepsparse", speed_tables.deepsparse_table),
+}
 
 
 def fill(text: str, results: Path) -> str:
     """Put every table that a text has markers for between them.
 
     Args:
-        text: of README.md.
+        text: of a document.
         results: folder of the JSON files.
 
     Returns:
@@ -62,22 +75,24 @@ def fill(text: str, results: Path) -> str:
 
 
 def _table(name: str, results: Path) -> str:
-    file = results / f"{name}.json"
+    stem, layout = LAYOUTS[name]
+    file = results / f"{stem}.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: run the benchmark of table {name!r} and keep its JSON there.")
-    return LAYOUTS[name](json.loads(file.read_text(encoding="utf-8")))
+    return layout(json.loads(file.read_text(encoding="utf-8")))
 
 
 def main(arguments: list[str]) -> int:
-    """Renew README.md, or with --check only tell (exit status 1) that it is out of date."""
-    old = README.read_text(encoding="utf-8")
-    new = fill(old, RESULTS)
-    if "--check" not in arguments:
-        README.write_text(new, encoding="utf-8")
-    elif new != old:
-        print("README.md differs from benchmarks/results/: run make tables.", file=sys.stderr)
-        return 1
-    return 0
+    """Renew the documents, or with --check only tell (exit status 1) which are out of date."""
+    texts = {file: file.read_text(encoding="utf-8") for file in DOCUMENTS}
+    new = {file: fill(text, RESULTS) for file, text in texts.items()}
+    stale = [file for file in DOCUMENTS if new[file] != texts[file]]
+    for file in stale:
+        if "--check" in arguments:
+            print(f"{file.name} differs from benchmarks/results/: run make tables.", file=sys.stderr)
+        else:
+            file.write_text(new[file], encoding="utf-8")
+    return int("--check" in arguments and bool(stale))
 
 
 if __name__ == "__main__":

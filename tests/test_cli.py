@@ -243,7 +243,10 @@ def test_converting_brings_the_card_up_to_date(cli: Callable[..., Done], dense: 
     assert cli("compress", dense, tmp_path / "out").err == ""
     size = (tmp_path / "out" / "model.safetensors").stat().st_size
     expected = replace(facts, save_format="compressed", file_bytes=size, latency=())
-    assert facts_from_folder(tmp_path / "out") == expected
+    written = facts_from_folder(tmp_path / "out")
+    assert [picture.file for picture in written.pictures] == ["masks.png"]
+    expected = replace(expected, pictures=written.pictures)
+    assert written == expected
     assert (tmp_path / "out" / "README.md").read_text() == render_card(expected)
 
 
@@ -307,7 +310,7 @@ def test_converting_never_makes_up_weights(cli: Callable[..., Done], dense: Path
 
 def test_bench(cli: Callable[..., Done], small: Path, dense: Path) -> None:
     write_card(small, CardFacts(name="small", save_format="compressed"))
-    options = ("--dense", dense, "--batch", "1,2", "--length", "4,8", "--seconds", 0)
+    options = ("--dense", dense, "--engines", "torch", "--batch", "1,2", "--length", "4,8", "--seconds", 0)
     told = json.loads(cli("bench", small, *options, "--record", "--json").out)
     assert [(row["engine"], row["batch"], row["length"]) for row in told["rows"]] == [
         (engine, batch, length) for batch in (1, 2) for length in (4, 8) for engine in ("dense", "hf_sparse")
@@ -325,14 +328,46 @@ def test_bench(cli: Callable[..., Done], small: Path, dense: Path) -> None:
 
 
 def test_bench_as_a_table(cli: Callable[..., Done], small: Path) -> None:
-    done = cli("bench", small, "--batch", 2, "--length", 8, "--seconds", 0)
-    assert re.search(r"^ *2 +8 +\d+\.\d{3} +\d+\.\d{3} +\d+\.\d{2}x +\d\.\de[-+]\d+ *$", done.out, re.MULTILINE)
+    done = cli("bench", small, "--engines", "torch", "--batch", 2, "--length", 8, "--seconds", 0)
+    for engine in ("torch", "hf_sparse"):
+        cells = rf"^ *2 +8 +{engine} +\d+\.\d{{3}} +[\d.]+-[\d.]+ +[\d.]+x +[\d.]+x +\d\.\de[-+]\d+ *$"
+        assert re.search(cells, done.out, re.MULTILINE), done.out
+    assert re.search(r"^density .*, float32, \d+ threads, cpu; speed-ups over", done.out, re.MULTILINE)
+    assert re.search(r"^compressed layers: \d+ by \w+", done.out, re.MULTILINE)
+    assert re.search(r"^encoder bert.encoder: (not )?fused: ", done.out, re.MULTILINE)
+
+
+def test_bench_with_every_option(cli: Callable[..., Done], small: Path, tmp_path: Path) -> None:
+    before, file = torch.get_num_threads(), tmp_path / "out.json"
+    options = ("--batch", 1, "--length", "4,8", "--seconds", 0, "--dtype", "bfloat16", "--threads", 1, "--out", file)
+    told = json.loads(cli("bench", small, *options, "--json").out)
+    assert json.loads(file.read_text()) == told
+    assert torch.get_num_threads() == before
+    assert {(row["dtype"], row["threads"]) for row in told["rows"]} == {("bfloat16", 1)}
+    assert told["not_measured"]["onnxruntime"] in (
+        "onnxruntime is not installed",
+        "it does not compute in bfloat16 on a CPU",
+    )
+    assert sum(told["backends"].values()) == 12 and list(told["encoders"]) == ["bert.encoder"]
+    assert "--dtype bfloat16 --threads 1" in told["command"]
+    engines = {row["engine"] for row in told["rows"]}
+    assert {"dense", "hf_sparse"} <= engines and engines.isdisjoint(told["not_measured"])
+
+
+def test_bench_names_what_is_not_installed(
+    cli: Callable[..., Done], small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    options = ("--engines", "openvino", "--batch", 1, "--length", 4, "--seconds", 0)
+    assert "without openvino: openvino is not installed\n" in cli("bench", small, *options).out
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--batch", "1,x"), "--batch='1,x' must be positive whole numbers"),
+        (("--engines", "torch,tensorrt"), "--engines='torch,tensorrt' holds 'tensorrt': use auto"),
+        (("--out", "nowhere/out.json"), "--out nowhere/out.json must be a file in a folder that exists"),
         (("--length", "0"), "--length='0' must be positive whole numbers"),
         (("--length", "64"), "--length 64 is more than the 32 positions"),
         (("--record",), f"{FACTS_FILE} is missing"),
@@ -341,18 +376,22 @@ def test_bench_as_a_table(cli: Callable[..., Done], small: Path) -> None:
 )
 def test_bench_refuses(cli: Callable[..., Done], small: Path, options: tuple, message: str) -> None:
     assert_refused(cli("bench", small, "--seconds", 0, *options), message)
+    assert cli("bench", small, "--dtype", "int8").code == 2
 
 
 def test_bench_tells_no_speed_when_the_values_differ(
     cli: Callable[..., Done], small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    decompress = hf_sparse.decompress
+
     def broken(model: torch.nn.Module) -> torch.nn.Module:
-        model = hf_sparse.decompress(model)
+        model = decompress(model)
         model.classifier.bias.data.add_(1.0)
         return model
 
     monkeypatch.setattr("hf_sparse.inference.compress.decompress", broken)
-    assert_refused(cli("bench", small, "--seconds", 0, "--length", 8), "no speed is told")
+    options = ("--engines", "torch", "--seconds", 0, "--length", 8)
+    assert_refused(cli("bench", small, *options), "no speed is told")
 
 
 def test_bench_of_a_dense_model_needs_another(cli: Callable[..., Done], dense: Path) -> None:
@@ -420,7 +459,13 @@ def test_env(cli: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> None:
     assert told["kernels"]["reference"]["available"] is True
     assert all(kernel["reason"] for kernel in told["kernels"].values())
     assert told["variables"]["HF_SPARSE_BACKEND"] == "torch"
+    assert set(told["native"]) == {"library", "threads", "compiler", "used", "instruction_sets"}
+    assert all(isa["reason"] for isa in told["native"]["instruction_sets"].values())
+    assert {"onnx", "onnxruntime", "openvino"} <= set(told["versions"])
     text = cli("env").out
+    assert re.search(r"^  portable +(not )?live: ", text, re.MULTILINE)
+    assert re.search(r"^variables\n(  \w+ .*\n)*  HF_SPARSE_BACKEND +torch$", text, re.MULTILINE)
+    assert "HF_SPARSE_ISA  " not in text
     assert re.search(r"^  reference +live: ", text, re.MULTILINE)
     assert re.search(rf"^  torch +{re.escape(torch.__version__)}$", text, re.MULTILINE)
     assert "hf_secret" not in text + json.dumps(told)

@@ -29,8 +29,8 @@ app = typer.Typer(
 )
 
 for _command, _example in (
-    (report, "hf-sparse report out/model --json"),
-    (plan, "hf-sparse plan config.json --steps 1000"),
+    (report, "hf-sparse report out/model --html report.html"),
+    (plan, "hf-sparse plan config.json --steps 1000 --model out/dense --plot plan.png"),
     (compress, "hf-sparse compress out/dense out/small --block-height 8 --block-width 1"),
     (decompress, "hf-sparse decompress out/small out/dense"),
     (bench, "hf-sparse bench out/model --dense out/teacher --batch 1,8 --length 128"),
@@ -60,7 +60,7 @@ def main() -> None:
     """Run the command line; the console script `hf-sparse` calls it."""
     # Calling the app itself would let typer replace the hook, and a bug would end in a page of traceback.
     sys.excepthook = _last_resort
-    typer.main.get_command(app)()
+    typer.main.get_command(app)(prog_name="hf-sparse")
 
 
 def _last_resort(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -21,6 +22,7 @@ from hf_sparse.cli.support import (
     is_compressed,
     load_model,
     print_json,
+    progress,
     quiet_transformers,
 )
 
@@ -49,22 +51,27 @@ def compress(
     """Leave the zero blocks of a dense model out of storage. Exact: the copy computes the same."""
     check_model_folder(src)
     check_destination(src, dst, force)
-    from hf_sparse.core.report import report
-    from hf_sparse.inference.compress import compress as compress_model
-    from hf_sparse.inference.compress import compressed_layers
-
-    report(src)
     if is_compressed(src):
         raise ValueError(f"{src} is compressed already: `hf-sparse report {src}` shows its layers.")
     shape = _block_shape(src, block_height, block_width)
     quiet_transformers()
-    model = compress_model(load_model(src), block_shape=shape)
-    if not compressed_layers(model):
-        raise ValueError(
-            f"{src} has no zero block of {shape[0]} x {shape[1]} to leave out: name the shape it was pruned with "
-            f"(--block-height, --block-width), or prune it first."
-        )
-    _show(_write(model, src, dst, "compressed"), dst, as_json)
+
+    def convert(staging: Path) -> None:
+        from hf_sparse.inference.streaming import NotStreamable, compress_folder, work
+
+        try:
+            with progress(f"compressing {src}", work(src, passes=2)) as advance:
+                found = bool(compress_folder(src, staging, shape, advance))
+        except NotStreamable as error:
+            typer.echo(f"{src}: {error}; it is loaded as a whole.", err=True)
+            found = _compress_in_memory(src, staging, shape)
+        if not found:
+            raise ValueError(
+                f"{src} has no zero block of {shape[0]} x {shape[1]} to leave out: name the shape it was pruned with "
+                f"(--block-height, --block-width), or prune it first."
+            )
+
+    _show(_write(convert, src, dst, "compressed"), dst, as_json)
 
 
 @guarded
@@ -74,14 +81,26 @@ def decompress(
     """Write a dense copy of a compressed model, for tools that know nothing of blocks. Exact, too."""
     check_model_folder(src)
     check_destination(src, dst, force)
-    from hf_sparse.core.report import report
-    from hf_sparse.inference.compress import decompress as decompress_model
-
-    report(src)
     if not is_compressed(src):
         raise ValueError(f"{src} is dense already.")
-    quiet_transformers()
-    _show(_write(decompress_model(load_model(src)), src, dst, "dense"), dst, as_json)
+
+    def convert(staging: Path) -> None:
+        from hf_sparse.inference.streaming import decompress_folder, work
+
+        with progress(f"decompressing {src}", work(src, passes=1)) as advance:
+            decompress_folder(src, staging, advance)
+
+    _show(_write(convert, src, dst, "dense"), dst, as_json)
+
+
+def _compress_in_memory(src: Path, staging: Path, shape: BlockShape) -> bool:
+    """Let transformers read what only it can bring into the names of today; whether there was a zero block."""
+    from hf_sparse.inference.compress import compress as compress_model
+    from hf_sparse.inference.compress import compressed_layers
+
+    model = compress_model(load_model(src), block_shape=shape)
+    model.save_pretrained(staging)
+    return bool(compressed_layers(model))
 
 
 def _block_shape(src: Path, height: int | None, width: int | None) -> BlockShape:
@@ -92,14 +111,14 @@ def _block_shape(src: Path, height: int | None, width: int | None) -> BlockShape
     return default[0] if height is None else height, default[1] if width is None else width
 
 
-def _write(model: Any, src: Path, dst: Path, save_format: SaveFormat) -> SparsityReport:
+def _write(convert: Callable[[Path], None], src: Path, dst: Path, save_format: SaveFormat) -> SparsityReport:
     from hf_sparse.core.files import atomic_folder
     from hf_sparse.core.report import report
     from hf_sparse.hub.push import TRAINING_STATE, WEIGHT_FILES
 
     left_out = (*TRAINING_STATE, *WEIGHT_FILES)
     with atomic_folder(dst, stale=lambda name: any(fnmatch.fnmatch(name, p) for p in WEIGHT_FILES)) as staging:
-        model.save_pretrained(staging)
+        convert(staging)
         for file in sorted(path for path in src.rglob("*") if path.is_file()):
             name = file.relative_to(src)
             wanted = not any(fnmatch.fnmatch(name.as_posix(), pattern) for pattern in left_out)

@@ -12,6 +12,7 @@ from hf_sparse.cli.support import Debug, Json, guarded, print_json
 # Those of docs/environment.md that change what runs. Tokens are not among them.
 VARIABLES = (
     "HF_SPARSE_BACKEND",
+    "HF_SPARSE_ENCODER",
     "HF_SPARSE_ISA",
     "OMP_NUM_THREADS",
     "HF_ENDPOINT",
@@ -28,29 +29,39 @@ def env(as_json: Json = False, debug: Debug = False) -> None:
     if as_json:
         print_json(found)
         return
-    for title, lines in (
-        ("versions", {name: version or "not installed" for name, version in found["versions"].items()}),
-        ("hardware", found["hardware"]),
-        ("kernels", {name: _status(**kernel) for name, kernel in found["kernels"].items()}),
-        ("variables", {name: "not set" if value is None else value for name, value in found["variables"].items()}),
-    ):
-        typer.echo(title)
+    native = found["native"]
+    sections: dict[str, dict[str, Any]] = {
+        "versions": {name: version or "not installed" for name, version in found["versions"].items()},
+        "hardware": found["hardware"],
+        "kernels": {name: _status(kernel["available"], kernel["reason"]) for name, kernel in found["kernels"].items()},
+        "native CPU kernels": {
+            "library": native["library"],
+            "used": native["used"],
+            "threads": native["threads"],
+            "compiler": native["compiler"] or "none of $CXX, g++, clang++, c++ was found",
+            **{name: _status(isa["live"], isa["reason"]) for name, isa in native["instruction_sets"].items()},
+        },
+        "variables": {name: value for name, value in found["variables"].items() if value is not None},
+    }
+    for title, lines in sections.items():
+        typer.echo(title if lines else f"{title}\n  none of {', '.join(VARIABLES)} is set")
         for name, value in lines.items():
             typer.echo(f"  {name:<18} {', '.join(value) or 'none' if isinstance(value, list) else value}")
 
 
 def _collect() -> dict[str, Any]:
-    from hf_sparse.inference.environment import environment
+    from hf_sparse.inference.environment import ENGINE_PACKAGES, environment, native_kernels, package_version
     from hf_sparse.inference.kernels import backend_status
 
     found = environment()
     return {
-        "versions": found["versions"],
+        "versions": {**found["versions"], **{name: package_version(name) for name in ENGINE_PACKAGES}},
         "hardware": found["hardware"],
         "kernels": {name: {"available": able, "reason": why} for name, (able, why) in backend_status().items()},
+        "native": native_kernels(),
         "variables": {name: os.environ.get(name) for name in VARIABLES},
     }
 
 
-def _status(available: bool, reason: str) -> str:
-    return f"{'live' if available else 'not live'}: {reason}"
+def _status(live: bool, reason: str) -> str:
+    return f"{'live' if live else 'not live'}: {reason}"

@@ -1,4 +1,4 @@
-"""`hf-sparse plan`: the schedule of a config, before anything is spent on it."""
+"""`hf-sparse plan`: the schedule of a config and the size of what it gives, before anything is spent on it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hf_sparse.cli.support import Debug, Json, guarded, print_json
+from hf_sparse.cli.support import Debug, Json, Revision, Token, guarded, print_json, quiet_transformers, resolve_model
 
 if TYPE_CHECKING:
+    from hf_sparse.core.report import SparsityReport
+    from hf_sparse.training.config import SparseDistillConfig
     from hf_sparse.training.schedules import StepPlan
 
 _ROWS = 24
@@ -20,23 +22,54 @@ _BAR_WIDTH = 20
 
 @guarded
 def plan(
-    config: Annotated[Path, typer.Argument(help="JSON file with fields of SparseDistillConfig.", show_default=False)],
+    config: Annotated[
+        Path | None,
+        typer.Argument(
+            help="JSON file with fields of SparseDistillConfig. Not needed with --model.", show_default=False
+        ),
+    ] = None,
     steps: Annotated[
         int | None,
         typer.Option("--steps", min=1, help="Optimizer steps of the run; max_steps of the config if not given."),
     ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the schedule: a .png or .svg file.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Also tell what this model will weigh, layer by layer: a folder or a repository on the Hub."
+        ),
+    ] = None,
+    block_height: Annotated[int | None, typer.Option(help="Output rows per block, in place of the config's.")] = None,
+    block_width: Annotated[int | None, typer.Option(help="Input columns per block, in place of the config's.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Sparsity to plan for, in place of the config's.")] = None,
+    revision: Revision = None,
+    token: Token = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show what a training run would do at each step: sparsity, graft probability, penalty weight."""
-    plans = _plans(config, steps)
+    """Show what a training run would do at each step, and with --model what it would save in bytes."""
+    if config is None and model is None:
+        raise typer.BadParameter("name a CONFIG, a --model, or both.")
+    if plot is not None:
+        _check_plot(plot, config)
+    given = {"block_height": block_height, "block_width": block_width, "sparsity": sparsity}
+    values = _read_values(config) if config else {}
+    settings = _settings({**values, **{name: value for name, value in given.items() if value is not None}}, config)
+    plans = _plans(settings, config, steps or values.get("max_steps", -1)) if config else []
+    size = _size(model, settings, revision, token) if model else None
+    if plot is not None:
+        _draw(plans, plot)
     if as_json:
-        print_json([asdict(step) for step in plans])
-    else:
+        rows = [asdict(step) for step in plans]
+        print_json(rows if size is None else {"steps": rows, "model": size.to_dict()})
+        return
+    if plans:
         _print_table(plans)
+    if size is not None:
+        typer.echo(str(size))
 
 
-def _plans(config_file: Path, steps: int | None) -> list[StepPlan]:
+def _read_values(config_file: Path) -> dict[str, Any]:
     if not config_file.is_file():
         raise FileNotFoundError(
             f"{config_file} is not a file: expected a JSON file with fields of SparseDistillConfig."
@@ -47,23 +80,65 @@ def _plans(config_file: Path, steps: int | None) -> list[StepPlan]:
         raise ValueError(f"{config_file} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{config_file} must hold a JSON object, found {type(values).__name__}.")
+    return values
 
+
+def _settings(values: dict[str, Any], config_file: Path | None) -> SparseDistillConfig:
     from transformers import TrainingArguments
 
     from hf_sparse.training.config import SparseDistillConfig
-    from hf_sparse.training.schedules import plan_step
 
     known = {spec.name for spec in fields(SparseDistillConfig)}
     if unknown := sorted(set(values) - known):
         raise ValueError(f"{config_file}: SparseDistillConfig has no field {unknown[0]!r}.")
     # The other fields may ask for hardware that this machine, which only plans, does not have.
     own = known - {spec.name for spec in fields(TrainingArguments)}
-    settings: dict[str, Any] = {name: value for name, value in values.items() if name in own}
-    config = SparseDistillConfig(output_dir=".", use_cpu=True, **settings)
-    total = steps or values.get("max_steps", -1)
+    settings = {name: value for name, value in values.items() if name in own}
+    return SparseDistillConfig(output_dir=".", use_cpu=True, **settings)
+
+
+def _plans(settings: SparseDistillConfig, config_file: Path, total: Any) -> list[StepPlan]:
+    from hf_sparse.training.schedules import plan_step
+
     if not isinstance(total, int) or total < 1:
         raise ValueError(f"{config_file} has no max_steps above 0, and epochs depend on the data: pass --steps.")
-    return [plan_step(config, step, total) for step in range(total)]
+    return [plan_step(settings, step, total) for step in range(total)]
+
+
+def _size(model: str, settings: SparseDistillConfig, revision: str | None, token: str | None) -> SparsityReport:
+    from hf_sparse.cli.support import is_compressed
+    from hf_sparse.core.estimate import estimate
+    from hf_sparse.inference.streaming import empty_model
+
+    quiet_transformers()
+    folder = resolve_model(model, revision, token, weights=False)
+    if is_compressed(folder):
+        raise ValueError(f"{model} is compressed already: `hf-sparse report {model}` tells what it weighs.")
+    return estimate(
+        empty_model(folder), settings.block_shape, settings.sparsity, settings.shape_overrides,
+        settings.target_modules, settings.exclude_modules,
+    )  # fmt: skip
+
+
+def _check_plot(plot: Path, config: Path | None) -> None:
+    if config is None:
+        raise typer.BadParameter("--plot draws the schedule of a CONFIG: name one.")
+    if plot.suffix not in (".png", ".svg"):
+        raise ValueError(f"--plot {plot}: the name must end in .png or .svg.")
+    if not plot.parent.is_dir():
+        raise FileNotFoundError(f"--plot {plot}: {plot.parent} is no folder.")
+    from hf_sparse.hub.plots import require_matplotlib
+
+    require_matplotlib()
+
+
+def _draw(plans: list[StepPlan], plot: Path) -> None:
+    from hf_sparse.hub.plots import draw_training, save
+
+    shown = ("step", "sparsity", "graft_prob", "penalty_weight")
+    figure, _ = draw_training([{name: getattr(step, name) for name in shown} for step in plans])
+    save(figure, plot)
+    typer.echo(f"{plot} shows the schedule.", err=True)
 
 
 def _print_table(plans: list[StepPlan]) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from hf_sparse.cli.support import Debug, Force, Json, ModelFolder, check_model_folder, guarded, print_json
+from hf_sparse.cli.support import Debug, Force, Json, ModelFolder, Token, check_model_folder, guarded, print_json
 
 
 @guarded
@@ -32,9 +32,7 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="Create the repository as a private one.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to push to; made if missing.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of pushing.")] = False,
-    token: Annotated[
-        str | None, typer.Option(help="Access token; better kept in HF_TOKEN or `hf auth login`.")
-    ] = None,
+    token: Token = None,
     message: Annotated[str | None, typer.Option(help="Title of the commit or pull request.")] = None,
     as_json: Json = False,
     debug: Debug = False,

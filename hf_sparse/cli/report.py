@@ -1,20 +1,53 @@
-"""`hf-sparse report`: how sparse a model is and what it weighs."""
+"""`hf-sparse report`: how sparse a model is and what it weighs, as a table, as JSON, or as a page to look at."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
-from hf_sparse.cli.support import Debug, Json, ModelFolder, check_model_folder, guarded, print_json
+from hf_sparse.cli.support import Debug, Json, Model, Revision, Token, guarded, print_json, resolve_model
 
 
 @guarded
-def report(path: ModelFolder, as_json: Json = False, debug: Debug = False) -> None:
+def report(
+    model: Model,
+    html: Annotated[
+        Path | None, typer.Option(help="Also write a page with tables, mask maps and curves: one file, no network.")
+    ] = None,
+    revision: Revision = None,
+    token: Token = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
     """Tell how sparse a model is and what it weighs, layer by layer."""
-    check_model_folder(path)
+    if html is not None:
+        _check_page(html)
+    path = resolve_model(model, revision, token)
     from hf_sparse.core.report import report as report_folder
 
     found = report_folder(path)
+    if html is not None:
+        _write_page(path, html, name=None if path == Path(model) else model)
     if as_json:
         print_json(found.to_dict())
     else:
         typer.echo(str(found))
+
+
+def _check_page(html: Path) -> None:
+    """Refuse a name that a page should not have, before anything is read."""
+    if html.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"--html {html}: the name of the page must end in .html.")
+    if not html.parent.is_dir():
+        raise FileNotFoundError(f"--html {html}: {html.parent} is no folder.")
+
+
+def _write_page(path: Path, html: Path, name: str | None) -> None:
+    from hf_sparse.hub.html import render_report
+
+    # Rendered before the file is opened: a damaged model leaves an earlier page whole.
+    text = render_report(path, name)
+    html.write_text(text, encoding="utf-8")
+    typer.echo(f"{html}: {len(text.encode()):,} bytes, opens in any browser.", err=True)

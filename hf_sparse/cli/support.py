@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -16,6 +17,12 @@ _F = TypeVar("_F", bound=Callable[..., None])
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
+Model = Annotated[
+    str,
+    typer.Argument(help="Folder of a saved model, or a repository on the Hub: namespace/name.", show_default=False),
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository on the Hub.")]
+Token = Annotated[str | None, typer.Option(help="Access token; better kept in HF_TOKEN or `hf auth login`.")]
 ModelFolder = Annotated[Path, typer.Argument(help="Folder of a saved model.", show_default=False)]
 
 MAX_ERROR_LINES = 3
@@ -49,6 +56,27 @@ def print_json(data: Any) -> None:
     typer.echo(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False))
 
 
+@contextlib.contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a bar on stderr while bytes are dealt with; nothing where nobody watches.
+
+    Args:
+        what: is going on.
+        total: bytes.
+
+    Yields:
+        What to call with the number of bytes that were just dealt with.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda size: bar.advance(task, size)
+        bar.update(task, completed=total)
+
+
 def quiet_transformers() -> None:
     """Keep the log of transformers off stderr, and its progress bars too where nobody watches them."""
     from transformers.utils import logging
@@ -67,6 +95,36 @@ def check_model_folder(path: Path) -> None:
     if not path.is_dir():
         kind = "is a file" if path.exists() else "does not exist"
         raise FileNotFoundError(f"{path} {kind}: expected the folder of a saved model.")
+
+
+def resolve_model(model: str, revision: str | None = None, token: str | None = None, weights: bool = True) -> Path:
+    """Find the folder of a model: the one of that name, or a copy of a repository on the Hub.
+
+    Args:
+        model: folder, or namespace/name.
+        revision, token: for a repository.
+        weights: False fetches the config alone.
+
+    Raises:
+        FileNotFoundError: if it is neither a folder nor a name that a repository could have.
+        ValueError: for a revision of a folder.
+        FetchError: if the Hub does not give it.
+    """
+    path = Path(model)
+    if path.exists():
+        check_model_folder(path)
+        if revision is not None:
+            raise ValueError(f"{model} is a folder, which has no revisions: leave --revision {revision} out.")
+        return path
+    # A name of the Hub has one slash; everything else is a path, and costs no import.
+    if model.count("/") != 1 or model.startswith((".", "/", "~")) or "\\" in model:
+        check_model_folder(path)
+    from hf_sparse.hub.fetch import fetch_model
+    from hf_sparse.hub.filters import is_hub_id
+
+    if not is_hub_id(model):
+        check_model_folder(path)
+    return fetch_model(model, revision, token, weights)
 
 
 def check_destination(source: Path, destination: Path, force: bool) -> None:
@@ -97,7 +155,10 @@ def is_compressed(folder: Path) -> bool:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
-    return (config.get("quantization_config") or {}).get("quant_method") == "hf_sparse"
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} must hold a JSON object, found {type(config).__name__}.")
+    quantization = config.get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "hf_sparse"
 
 
 def load_model(folder: Path) -> Any:
@@ -112,11 +173,13 @@ def load_model(folder: Path) -> Any:
     from hf_sparse.core.report import report
 
     report(folder)
-    names = transformers.AutoConfig.from_pretrained(folder).architectures or []
-    cls = getattr(transformers, names[0], None) if names else None
-    if cls is None:
+    names = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False).architectures or []
+    cls: Any = getattr(transformers, str(names[0]), None) if names else None
+    # A name out of a file: nothing but a model is called.
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise ValueError(f"{folder}/config.json names no architecture of transformers (architectures={names}).")
-    model, info = cls.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    loaded: Any = cls.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    model, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := sorted(map(str, info[kind])):
             raise ValueError(

@@ -24,8 +24,8 @@ def atomic_folder(target: str | os.PathLike[str], stale: Callable[[str], bool] |
 
     Yields a staging folder on the same file system. When the block ends without an error every file in it is flushed,
     the folder is marked as complete, and its files are renamed over their namesakes in `target`; when it raises,
-    `target` is untouched. After a crash between two renames the rest is done by the next save, or by
-    `finish_interrupted_save`.
+    `target` is untouched, and gone again if it was made for this. After a crash between two renames the rest is done
+    by the next save, or by `finish_interrupted_save`.
 
     Args:
         target: the folder to fill; made if missing. Files in it that are not written again stay.
@@ -43,6 +43,7 @@ def atomic_folder(target: str | os.PathLike[str], stale: Callable[[str], bool] |
         'whole'
     """
     target = Path(target)
+    made = not target.exists()
     target.mkdir(parents=True, exist_ok=True)
     finish_interrupted_save(target)
     staging = Path(tempfile.mkdtemp(prefix=f"{_prefix(_SAVING)}{os.getpid()}-", dir=target))
@@ -60,6 +61,9 @@ def atomic_folder(target: str | os.PathLike[str], stale: Callable[[str], bool] |
         _put_in_place(complete, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        if made and not any(target.iterdir()):
+            with contextlib.suppress(OSError):
+                target.rmdir()
 
 
 def finish_interrupted_save(target: str | os.PathLike[str]) -> bool:

@@ -140,11 +140,18 @@ def _report_model(model: nn.Module) -> SparsityReport:
             layers.append(_compressed_layer(name, module.layer_format(), module.weight.element_size()))
         elif is_linear(module) and name.startswith(stacks):
             layers.append(_dense_layer(name, module))
-    tensors = {id(t): t for t in [*model.parameters(), *_persistent_buffers(model)]}
-    stored = sum(t.numel() * t.element_size() for t in tensors.values())
+    stored = stored_bytes(model)
     return SparsityReport(
         layers=layers, bytes=stored, dense_bytes=stored + sum(x.dense_bytes - x.bytes for x in layers)
     )
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Count the bytes of all tensors that a save writes; a shared one counts once."""
+    buffers = [buffer for module in model.modules() for name, buffer in module.named_buffers(recurse=False)
+               if name not in module._non_persistent_buffers_set]  # fmt: skip
+    tensors = {id(tensor): tensor for tensor in [*model.parameters(), *buffers]}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def find_stacks_or_compressed(model: nn.Module) -> list[str]:
@@ -180,11 +187,6 @@ def _compressed_layer(name: str, layer: LayerFormat, item_bytes: int) -> LayerRe
         bytes=math.prod(layer.values_shape) * item_bytes + layer.mask_bytes,
         dense_bytes=math.prod(layer.dense_shape) * item_bytes,
     )
-
-
-def _persistent_buffers(model: nn.Module) -> list[torch.Tensor]:
-    return [b for m in model.modules() for n, b in m.named_buffers(recurse=False)
-            if n not in m._non_persistent_buffers_set]  # fmt: skip
 
 
 def _report_folder(folder: Path) -> SparsityReport:
@@ -264,7 +266,9 @@ def _stored_tensor(
         return _compressed_layer(name, layer, item_bytes), size
     # A folder has no module tree: the 2-D weights inside numbered layers are its linears.
     if not formats and len(shape) == 2 and key.endswith(".weight") and any(part.isdigit() for part in key.split(".")):
-        kept, total = int(torch.count_nonzero(handle.get_tensor(key))), math.prod(shape)
+        # Opened anew for each: what is read through one handle stays in memory until that is closed.
+        with safe_open(file, framework="pt") as alone:
+            kept, total = int(torch.count_nonzero(alone.get_tensor(key))), math.prod(shape)
         layer_report = LayerReport(name=name, shape=shape, block_shape=(1, 1), kept_blocks=kept, total_blocks=total,
                                    bytes=size, dense_bytes=size)  # fmt: skip
         return layer_report, size

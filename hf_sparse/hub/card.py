@@ -19,6 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from hf_sparse.core.files import atomic_folder
 from hf_sparse.hub.facts import FACTS_FILE, CardFacts, read_facts
 from hf_sparse.hub.filters import FILTERS, is_hub_id
+from hf_sparse.hub.plots import draw_pictures
 
 CARD_FILE = "README.md"
 TAGS = ("hf_sparse", "block-sparse", "pruned")
@@ -77,7 +78,10 @@ def card_metadata(facts: CardFacts) -> ModelCardData:
 
 
 def write_card(folder: str | os.PathLike[str], facts: CardFacts, keep_edited: bool = False) -> Path:
-    """Write README.md and, beside it, the facts that it was rendered from.
+    """Write README.md and, beside it, the facts that it was rendered from and the pictures that it shows.
+
+    The pictures (`hub.plots`) are drawn anew from the model in the folder and from the facts. Where matplotlib is
+    missing the log says so, and the card keeps those that are there and cannot have changed.
 
     Base model and teacher given as local folders are recorded by the last part of their path: what is published must
     not tell how somebody's disk is laid out, nor pass for a name on the Hub.
@@ -91,16 +95,20 @@ def write_card(folder: str | os.PathLike[str], facts: CardFacts, keep_edited: bo
         Path of the card.
 
     Raises:
-        FormatError: if a fact has the wrong type or range.
+        FormatError: if a fact has the wrong type or range, or the model in the folder is damaged.
         FileExistsError: with `keep_edited`, if README.md is not as it was rendered.
         OSError: if the folder cannot be written.
     """
     facts = replace(facts, base_model=_without_path(facts.base_model), teacher=_without_path(facts.teacher))
-    card, text = Path(folder) / CARD_FILE, render_card(facts)
+    facts = CardFacts.from_dict(facts.to_dict())
+    card, before = Path(folder) / CARD_FILE, {picture.file for picture in facts.pictures}
     if keep_edited and card.exists() and not is_rendered(card.read_text(encoding="utf-8")):
         raise FileExistsError(f"{card} was written or edited by hand and would be lost.")
-    with atomic_folder(folder) as staging:
-        (staging / CARD_FILE).write_text(text, encoding="utf-8")
+    now: set[str] = set()
+    with atomic_folder(folder, stale=lambda name: name in before - now) as staging:
+        facts = replace(facts, pictures=draw_pictures(folder, facts, staging))
+        now.update(picture.file for picture in facts.pictures)
+        (staging / CARD_FILE).write_text(render_card(facts), encoding="utf-8")
         (staging / FACTS_FILE).write_text(facts.to_json(), encoding="utf-8")
     return card
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
@@ -16,6 +17,11 @@ from typing import Any, Literal
 from hf_sparse.core.packing import FormatError
 from hf_sparse.core.report import LayerReport
 from hf_sparse.hub.checked import read_dataclass
+from hf_sparse.hub.parts import CostFacts as CostFacts
+from hf_sparse.hub.parts import DataFacts as DataFacts
+from hf_sparse.hub.parts import LatencyFacts as LatencyFacts
+from hf_sparse.hub.parts import MetricFacts as MetricFacts
+from hf_sparse.hub.parts import PictureFacts as PictureFacts
 
 FACTS_FILE = "hf_sparse_card.json"
 
@@ -25,90 +31,6 @@ _LEARNING_FIELDS = (
     "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "lr_scheduler_type", "warmup_steps",
     "optim", "bf16", "fp16", "tf32", "label_smoothing_factor", "torch_compile",
 )  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataFacts:
-    """The data that the model was trained and measured on.
-
-    Attributes:
-        name: for people to read, such as "GLUE SST-2".
-        hub_id: dataset id on the Hub; None for data that is not there.
-        config: name of the dataset configuration.
-        train_split, eval_split: names of the splits.
-        train_rows, eval_rows: rows used.
-        note: anything a reader needs, such as where the text came from and how it was split.
-    """
-
-    name: str
-    hub_id: str | None = None
-    config: str | None = None
-    train_split: str | None = None
-    eval_split: str | None = None
-    train_rows: int | None = None
-    eval_rows: int | None = None
-    note: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class MetricFacts:
-    """One metric of the pruned model beside the dense teacher, by the same script.
-
-    Attributes:
-        type: metric id as the Hub knows it, such as "accuracy".
-        value: score of the pruned model.
-        dense_value: score of the dense teacher; None if it was not measured.
-        name: for people to read; None shows `type`.
-    """
-
-    type: str
-    value: float
-    dense_value: float | None = None
-    name: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class LatencyFacts:
-    """One measured latency.
-
-    Attributes:
-        batch, length: rows and tokens of the input.
-        ms: median milliseconds of the pruned model.
-        dense_ms: the same for the dense model, in the same run; None if it was not measured.
-        engine, dense_engine: what ran the two models.
-        dtype: data type of the arithmetic.
-        threads: CPU threads; None on a GPU.
-        hardware: the machine.
-        command: what to type to measure it again.
-    """
-
-    batch: int
-    length: int
-    ms: float
-    dense_ms: float | None = None
-    engine: str
-    dense_engine: str | None = None
-    dtype: str | None = None
-    threads: int | None = None
-    hardware: str
-    command: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class CostFacts:
-    """What the training cost.
-
-    Attributes:
-        steps: optimizer steps.
-        seconds: wall-clock seconds.
-        hardware: the machine.
-        note: what the numbers leave out, such as the fine-tuning of the teacher.
-    """
-
-    steps: int
-    seconds: float
-    hardware: str
-    note: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +60,8 @@ class CardFacts:
         versions: package -> version.
         limits: what the model must not be trusted with, one sentence each.
         tags: Hub tags beside those that every card has.
+        history: what training logged, one {name: number} per logged step (`hub.history.history_facts`).
+        pictures: the pictures beside the card; `write_card` draws them and fills this in.
     """
 
     name: str
@@ -165,6 +89,8 @@ class CardFacts:
     versions: dict[str, str] = field(default_factory=dict)
     limits: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
+    history: tuple[dict[str, float], ...] = ()
+    pictures: tuple[PictureFacts, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Give the JSON form; facts that were not recorded are left out."""
@@ -205,6 +131,12 @@ class CardFacts:
         for name, value in {**times, **sizes}.items():
             if value is not None and value <= 0:
                 raise FormatError(f"{name}={value!r} must be above 0.")
+        if unplaced := [i for i, row in enumerate(facts.history) if "step" not in row]:
+            raise FormatError(f"history[{unplaced[0]}] has no step.")
+        for i, picture in enumerate(facts.pictures):
+            # It becomes a link in the card and a name in a folder.
+            if not re.fullmatch(r"[A-Za-z0-9_-]+\.png", picture.file):
+                raise FormatError(f"pictures[{i}].file={picture.file!r} must be the plain name of a PNG file.")
         if facts.auto_class is not None and not facts.auto_class.isidentifier():
             raise FormatError(f"auto_class={facts.auto_class!r} must be the name of a class.")
         return facts

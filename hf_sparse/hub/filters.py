@@ -36,6 +36,16 @@ def text(value: str) -> str:
     return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("`", "&#96;")
 
 
+def caption(value: str) -> str:
+    """Make recorded text safe inside the brackets of an image, too.
+
+    Example:
+        >>> caption("a [b]")
+        'a &#91;b&#93;'
+    """
+    return text(value).replace("[", "&#91;").replace("]", "&#93;")
+
+
 def code(value: str) -> str:
     """Make recorded text safe between backticks: one line, no backtick."""
     return " ".join(value.split()).replace("`", "'")
@@ -152,7 +162,7 @@ def _or_gap(write: Callable[[Any], str]) -> Callable[[Any], str]:
 
 
 FILTERS: dict[str, Callable[..., Any]] = {
-    **{f.__name__: f for f in (by_run, cell, change, code, cost_line, count, data_line, json_value, milliseconds,
-                               model_link, percent, ratio, score, shape, text, versions_line)},
+    **{f.__name__: f for f in (by_run, caption, cell, change, code, cost_line, count, data_line, json_value,
+                               milliseconds, model_link, percent, ratio, score, shape, text, versions_line)},
     **{f"{f.__name__}_or_gap": _or_gap(f) for f in (count, milliseconds, score)},
 }  # fmt: skip

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from hf_sparse.core.report import report
@@ -34,6 +39,12 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 
+# Seconds to wait before a step of the push is tried again. The client adds tries of its own to some of them.
+WAITS = (1.0, 4.0, 15.0)
+
+logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
 
 class PushError(RuntimeError):
     """The Hub could not be reached or refused. The message says why and the way out; local files are as they were."""
@@ -52,6 +63,7 @@ def push_folder(
     """Publish a model folder: weights, tokenizer, card and everything else in it but the state of training.
 
     Weight files that an earlier push left in the repository and that this folder does not have are removed from it.
+    Where the connection breaks or the Hub stumbles, the push goes on from there a few times before it gives up.
 
     Args:
         folder: a folder saved by `save_pretrained` or by the trainer, compressed or dense.
@@ -84,13 +96,30 @@ def push_folder(
             f"({revision!r}) out and name the repository in full ({repo_id!r} must be namespace/name)."
         )
     api = HfApi(token=token)
-    try:
+    with explained(repo_id):
         return _push(api, Path(folder), repo_id, private, revision, create_pr, message)
-    except HfHubHTTPError as error:
-        raise PushError(_explain(error, api.endpoint, repo_id)) from error
+
+
+@contextlib.contextmanager
+def explained(repo_id: str) -> Iterator[None]:
+    """Turn what the Hub's client raises inside the block into a `PushError` that says why and the way out.
+
+    Args:
+        repo_id: what is being pushed to.
+    """
+    endpoint = constants.ENDPOINT
+    try:
+        yield
+    except PushError:
+        raise
     except (HTTPError, OSError, RuntimeError) as error:
+        cause = _cause(error)
+        if isinstance(cause, HfHubHTTPError):
+            raise PushError(_explain(cause, endpoint, repo_id)) from error
+        if not _is_of_the_connection(cause):
+            raise
         raise PushError(
-            f"{api.endpoint} could not be reached, or the connection broke ({error or type(error).__name__}). "
+            f"{endpoint} could not be reached, or the connection broke ({cause or type(cause).__name__}). "
             f"Local files are untouched: push again."
         ) from error
 
@@ -98,27 +127,59 @@ def push_folder(
 def _push(
     api: HfApi, folder: Path, repo_id: str, private: bool, revision: str | None, create_pr: bool, message: str | None
 ) -> str:
-    if not create_pr:
-        repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
+    title = message or "Upload model with hf_sparse"
+    address = f"{api.endpoint}/{repo_id}"
+    if create_pr:
+        # Opened here and not by the upload, which could open a second one when it is tried again.
+        request = api.create_pull_request(repo_id, title=title)
+        revision, address = request.git_reference, request.url
+    else:
+        repo_id = _persistently(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True)).repo_id
         # The Hub ignores `private` for a repository that exists already.
-        if private and not api.repo_info(repo_id).private:
+        if private and not _persistently(lambda: api.repo_info(repo_id)).private:
             raise ValueError(
                 f"{repo_id} exists and is public: make it private in its settings, or push to another name."
             )
+        address = f"{api.endpoint}/{repo_id}"
         if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-    commit = api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        revision=revision,
-        create_pr=create_pr,
-        commit_message=message or "Upload model with hf_sparse",
-        ignore_patterns=list(TRAINING_STATE),
-        delete_patterns=list(WEIGHT_FILES),
+            branch, address = revision, f"{address}/tree/{revision}"
+            _persistently(lambda: api.create_branch(repo_id, branch=branch, exist_ok=True))
+    _persistently(
+        lambda: api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message=title,
+            ignore_patterns=list(TRAINING_STATE),
+            delete_patterns=list(WEIGHT_FILES),
+        )
     )
-    if create_pr and commit.pr_url:
-        return commit.pr_url
-    return f"{api.endpoint}/{repo_id}" + (f"/tree/{revision}" if revision else "")
+    return address
+
+
+def _persistently(step: Callable[[], _T]) -> _T:
+    """Do a step that may be done twice, again after a wait where it may succeed then."""
+    for wait in WAITS:
+        try:
+            return step()
+        except (HTTPError, OSError, RuntimeError) as error:
+            reason = _cause(error)
+            status = reason.response.status_code if isinstance(reason, HfHubHTTPError) else 503
+            if (status < 500 and status != 429) or not _is_of_the_connection(reason):
+                raise
+        logger.warning("%s; trying again in %g seconds.", str(reason).splitlines()[0] if str(reason) else reason, wait)
+        time.sleep(wait)
+    return step()
+
+
+def _cause(error: Exception) -> Exception:
+    """Unwrap what the client puts around an error of one of its uploading threads."""
+    return error.__cause__ if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception) else error
+
+
+def _is_of_the_connection(error: Exception) -> bool:
+    # The uploader of large files, which is not written in Python, has RuntimeErrors only.
+    return isinstance(error, HTTPError | ConnectionError | TimeoutError | RuntimeError)
 
 
 def _explain(error: HfHubHTTPError, endpoint: str, repo_id: str) -> str:

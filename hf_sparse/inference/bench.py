@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -168,6 +169,8 @@ def compare_models(
     seconds: float = 2.0,
     rounds: int = 5,
     tolerance: float | None = None,
+    others: Mapping[str, Callable[[Mapping[str, Tensor]], Tensor]] | None = None,
+    advance: Callable[[], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Time a pruned model against a dense one, value check first.
 
@@ -178,38 +181,44 @@ def compare_models(
         reference: a plain model with the very weights of `pruned`, as `decompress` gives; None where `dense` is that.
         seconds, rounds: see `time_interleaved`.
         tolerance: see `check_close`.
+        others: {name: another engine that computes what `dense` does}, such as `inference.engines` makes.
+        advance: called when an entry of `inputs` is done.
 
     Returns:
-        Two rows per entry of `inputs`, "dense" then "hf_sparse", with engine, device, dtype, batch, length,
-        block_shape, density, threads, ms (median), spread ([first, third quartile] in ms), runs and max_error (0.0
-        for "dense").
+        A row per engine and entry of `inputs`, "dense" (torch, as the model comes) first, then `others`, "hf_sparse"
+        last, with engine, device, dtype, batch, length, block_shape, density, threads, ms (median), spread ([first,
+        third quartile] in ms), runs, speedup (over the fastest of the dense engines), speedup_eager (over "dense")
+        and max_error (0.0 for "dense").
 
     Raises:
-        MismatchError: if `pruned` does not compute what `reference` does; nothing is timed then.
+        MismatchError: if `pruned` does not compute what `reference` does, or another engine what `dense` does;
+            nothing is timed then.
     """
     weight = next(p for p in pruned.parameters() if p.is_floating_point())
+    others = others or {}
     sparse = report(pruned)
     shapes = {layer.block_shape for layer in sparse.layers if layer.kept_blocks < layer.total_blocks}
-    facts: dict[str, dict[str, Any]] = {
-        "dense": {"block_shape": None, "density": 1.0},
-        "hf_sparse": {
-            "block_shape": list(shapes.pop()) if len(shapes) == 1 else "several" if shapes else None,
-            "density": round(1.0 - sparse.sparsity, 6),
-        },
+    dense_facts: dict[str, Any] = {"block_shape": None, "density": 1.0}
+    pruned_facts: dict[str, Any] = {
+        "block_shape": list(shapes.pop()) if len(shapes) == 1 else "several" if shapes else None,
+        "density": round(1.0 - sparse.sparsity, 6),
     }
     rows = []
     with torch.inference_mode():
         errors = [
-            check_close(_logits((reference or dense).eval(), given), _logits(pruned.eval(), given), tolerance)
+            _errors(dense.eval(), pruned.eval(), (reference or dense).eval(), others, given, tolerance)
             for given in inputs
         ]
-        for given, error in zip(inputs, errors, strict=True):
+        for given, found in zip(inputs, errors, strict=True):
+            calls: dict[str, Callable[[], object]] = {"dense": partial(dense, **given)}
+            calls |= {name: partial(engine, given) for name, engine in others.items()}
             timings = time_interleaved(
-                {"dense": lambda given=given: dense(**given), "hf_sparse": lambda given=given: pruned(**given)},  # type: ignore[misc]
+                {**calls, "hf_sparse": partial(pruned, **given)},
                 seconds,
                 rounds,
                 synchronize=torch.cuda.synchronize if weight.device.type == "cuda" else None,
             )
+            best = min(timings[name].median_ms for name in calls)
             batch, length = given["input_ids"].shape
             for engine, timing in timings.items():
                 rows.append(
@@ -219,15 +228,34 @@ def compare_models(
                         "dtype": str(weight.dtype).removeprefix("torch."),
                         "batch": batch,
                         "length": length,
-                        **facts[engine],
+                        **(pruned_facts if engine == "hf_sparse" else dense_facts),
                         "threads": torch.get_num_threads(),
                         "ms": round(timing.median_ms, 4),
                         "spread": [round(timing.low_ms, 4), round(timing.high_ms, 4)],
                         "runs": timing.runs,
-                        "max_error": error if engine == "hf_sparse" else 0.0,
+                        "speedup": round(best / timing.median_ms, 3),
+                        "speedup_eager": round(timings["dense"].median_ms / timing.median_ms, 3),
+                        "max_error": found[engine],
                     }
                 )
+            if advance:
+                advance()
     return rows
+
+
+def _errors(
+    dense: nn.Module,
+    pruned: nn.Module,
+    reference: nn.Module,
+    others: Mapping[str, Callable[[Mapping[str, Tensor]], Tensor]],
+    given: Mapping[str, Tensor],
+    tolerance: float | None,
+) -> dict[str, float]:
+    errors = {"dense": 0.0, "hf_sparse": check_close(_logits(reference, given), _logits(pruned, given), tolerance)}
+    if others:
+        truth = _logits(dense, given)
+        errors |= {name: check_close(truth, run(given).to(truth.dtype), tolerance) for name, run in others.items()}
+    return errors
 
 
 def _logits(model: nn.Module, given: Mapping[str, Tensor]) -> Tensor:

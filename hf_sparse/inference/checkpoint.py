@@ -7,22 +7,22 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
-from hf_sparse.core.packing import FORMAT_VERSION, MASK_SUFFIX, FormatError, LayerFormat, unpack_mask
+from hf_sparse.core.packing import FORMAT_VERSION, MASK_SUFFIX, FormatError, LayerFormat
 from hf_sparse.core.targets import find_stacks, is_conv1d, is_linear, weight_view
 
 VERSION_KEY = "hf_sparse_format_version"
 CHECKSUM_KEY = "hf_sparse_masks_crc32"
 
 _MASK_KEY = ".weight" + MASK_SUFFIX
-_FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,37 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Headers:
-    """What the headers of all files say.
+    """What the headers of all files say, and the bitmaps.
 
     Attributes:
         tensors: {tensor name: StoredTensor}.
         checksums: {file: checksum of the bitmaps}, for the files that hold one.
+        bitmaps: {tensor name: uint8, any shape}, mapped from the files.
+        files: {file: the open file}.
     """
 
     tensors: dict[str, StoredTensor]
     checksums: dict[str, str]
+    bitmaps: dict[str, Tensor]
+    files: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Matches:
+    """What of a checkpoint belongs where in a model.
+
+    Attributes:
+        layers: {name in the checkpoint: name in the model} of the compressed layers; without those of a head that this
+            class does not have.
+        tensors: {name in the checkpoint: name in the model} of all tensors but the bitmaps.
+        expected: names in the model of all tensors that a dense checkpoint of it has.
+        modules: {name in the model: module}, dense.
+    """
+
+    layers: dict[str, str]
+    tensors: dict[str, str]
+    expected: frozenset[str]
+    modules: dict[str, nn.Module]
 
 
 def header_strings(bitmaps: dict[str, Tensor]) -> dict[str, str]:
@@ -56,12 +78,12 @@ def header_strings(bitmaps: dict[str, Tensor]) -> dict[str, str]:
     strings = {VERSION_KEY: str(FORMAT_VERSION)}
     # Layers that are offloaded while the model is saved have no bits at hand; the checksum is optional.
     if not any(bitmap.is_meta for bitmap in bitmaps.values()):
-        strings[CHECKSUM_KEY] = _checksum(bitmaps)
+        strings[CHECKSUM_KEY] = _checksum({key: bits.cpu().numpy().tobytes() for key, bits in bitmaps.items()})
     return strings
 
 
 def read_headers(files: Iterable[str] | None) -> Headers:
-    """Read the headers of safetensors files, and nothing else of them.
+    """Read the headers of safetensors files and the bitmaps in them.
 
     Raises:
         FormatError: if there is no file, one is not a whole safetensors file or of a newer version, or two hold the
@@ -72,26 +94,32 @@ def read_headers(files: Iterable[str] | None) -> Headers:
             "a compressed model is loaded from its safetensors files, and none were given. "
             "For a state_dict in memory use model.load_state_dict on a model that is compressed already."
         )
-    tensors: dict[str, StoredTensor] = {}
-    checksums: dict[str, str] = {}
+    headers = Headers({}, {}, {}, {})
     for file in map(str, files):
         if not file.endswith(".safetensors"):
             raise FormatError(f"{file}: a compressed model is stored as safetensors; other files are not opened.")
-        with _open(file) as handle:
-            metadata = handle.metadata() or {}
-            version = metadata.get(VERSION_KEY, str(FORMAT_VERSION))
-            if version != str(FORMAT_VERSION):
-                raise FormatError(
-                    f"{file}: its header says {VERSION_KEY}={version!r}, config.json says {FORMAT_VERSION}."
-                )
-            if CHECKSUM_KEY in metadata:
-                checksums[file] = metadata[CHECKSUM_KEY]
-            for key in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
-                if key in tensors:
-                    raise FormatError(f"{key} is stored twice, in {tensors[key].file} and in {file}.")
-                view = handle.get_slice(key)
-                tensors[key] = StoredTensor(file, tuple(view.get_shape()), view.get_dtype())
-    return Headers(tensors, checksums)
+        _read_header(file, headers)
+    return headers
+
+
+def _read_header(file: str, headers: Headers) -> None:
+    try:
+        handle = headers.files[file] = safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise FormatError(f"{file} is not a whole safetensors file: {error}") from error
+    metadata = handle.metadata() or {}
+    version = metadata.get(VERSION_KEY, str(FORMAT_VERSION))
+    if version != str(FORMAT_VERSION):
+        raise FormatError(f"{file}: its header says {VERSION_KEY}={version!r}, config.json says {FORMAT_VERSION}.")
+    if CHECKSUM_KEY in metadata:
+        headers.checksums[file] = metadata[CHECKSUM_KEY]
+    for key in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
+        if key in headers.tensors:
+            raise FormatError(f"{key} is stored twice, in {headers.tensors[key].file} and in {file}.")
+        view = handle.get_slice(key)
+        found = headers.tensors[key] = StoredTensor(file, tuple(view.get_shape()), view.get_dtype())
+        if key.endswith(_MASK_KEY) and found.dtype == "U8":
+            headers.bitmaps[key] = handle.get_tensor(key)
 
 
 def check_bitmaps(headers: Headers, formats: dict[str, LayerFormat]) -> None:
@@ -102,33 +130,36 @@ def check_bitmaps(headers: Headers, formats: dict[str, LayerFormat]) -> None:
     """
     bitmaps = {}
     for name, layer in formats.items():
-        _check_tensor(headers, name + ".weight", layer.values_shape, _FLOATS)
-        found = _check_tensor(headers, name + _MASK_KEY, (layer.mask_bytes,), ("U8",))
-        with _open(found.file) as handle:
-            bitmap = bitmaps[name + _MASK_KEY] = handle.get_tensor(name + _MASK_KEY)
-        try:
-            population = int(unpack_mask(bitmap, layer.grid).sum(dtype=torch.int64))
-        except FormatError as error:
-            raise FormatError(f"{found.file}: {name + _MASK_KEY}: {error}") from error
-        if population != layer.kept:
+        _check_tensor(headers, name + ".weight", layer.values_shape, FLOATS)
+        key = name + _MASK_KEY
+        found = _check_tensor(headers, key, (layer.mask_bytes,), ("U8",))
+        bitmaps[key] = headers.bitmaps[key].numpy().tobytes()
+        # One big integer per bitmap: counting its bits takes microseconds, and there may be hundreds of bitmaps.
+        bits = int.from_bytes(bitmaps[key], "little")
+        if bits.bit_length() > layer.num_blocks:
             raise FormatError(
-                f"{found.file}: {name + _MASK_KEY} keeps {population} blocks, config.json says {layer.kept}."
+                f"{found.file}: {key}: the bitmap sets bits beyond the {layer.num_blocks} blocks of its "
+                f"{layer.grid[0]} x {layer.grid[1]} grid."
             )
+        population = bits.bit_count()
+        if population != layer.kept:
+            raise FormatError(f"{found.file}: {key} keeps {population} blocks, config.json says {layer.kept}.")
     for key in headers.tensors:
         if key.endswith(_MASK_KEY) and key not in bitmaps:
             raise FormatError(
                 f"{headers.tensors[key].file} holds {key}, but config.json does not list the layer "
                 f"{key.removesuffix(_MASK_KEY)!r} in quantization_config['modules']."
             )
+    found_checksum = _checksum(bitmaps) if headers.checksums else ""
     for file, checksum in headers.checksums.items():
-        if checksum != (found_checksum := _checksum(bitmaps)):
+        if checksum != found_checksum:
             raise FormatError(
                 f"{file}: the bitmaps have the checksum {found_checksum}, its header says {checksum}. "
                 f"The file is damaged: get it again."
             )
 
 
-def match_modules(model: Any, headers: Headers, formats: dict[str, LayerFormat]) -> dict[str, str]:
+def match_modules(model: Any, headers: Headers, formats: dict[str, LayerFormat]) -> Matches:
     """Find the compressed layers in a model and check them and their neighbours against it.
 
     A checkpoint of a model with a head and one of the bare model differ by the prefix `model.base_model_prefix`; both
@@ -139,14 +170,12 @@ def match_modules(model: Any, headers: Headers, formats: dict[str, LayerFormat])
         headers: of its checkpoint.
         formats: {name in the checkpoint: geometry}.
 
-    Returns:
-        {name in the checkpoint: name in the model}; without layers of a head that this class does not have.
-
     Raises:
         FormatError: if a layer is missing in the model or is no linear of that shape there, or if a tensor beside the
             compressed layers is missing in the checkpoint or has another shape.
     """
-    local_names = _local_names(model, headers)
+    state, modules = model.state_dict(keep_vars=True), dict(model.named_modules())
+    local_names = _local_names(model, headers, state)
     matched = {}
     for name, layer in formats.items():
         local = local_names.get(name + ".weight", "").removesuffix(".weight")
@@ -156,10 +185,15 @@ def match_modules(model: Any, headers: Headers, formats: dict[str, LayerFormat])
             raise FormatError(
                 f"config.json lists the compressed layer {name!r}, which {type(model).__name__} as configured lacks."
             )
-        _check_linear(model.get_submodule(local), name, layer)
+        _check_linear(modules[local], name, layer)
         matched[name] = local
-    _check_neighbours(model, headers, local_names, set(matched.values()))
-    return matched
+    names = Counter(local_names.values())
+    for local in matched.values():
+        if names[local + ".weight"] > 1:
+            twice = [key for key, found in local_names.items() if found == local + ".weight"]
+            raise FormatError(f"the checkpoint holds {local}.weight twice, as {' and as '.join(twice)}.")
+    _check_neighbours(model, headers, state, local_names, set(matched.values()))
+    return Matches(matched, local_names, frozenset(state), modules)
 
 
 def _check_linear(module: Any, name: str, layer: LayerFormat) -> None:
@@ -173,7 +207,9 @@ def _check_linear(module: Any, name: str, layer: LayerFormat) -> None:
         )
 
 
-def _check_neighbours(model: Any, headers: Headers, local_names: dict[str, str], compressed: set[str]) -> None:
+def _check_neighbours(
+    model: Any, headers: Headers, state: dict[str, Tensor], local_names: dict[str, str], compressed: set[str]
+) -> None:
     # What transformers does not find it fills with noise, and only warns. That is meant for new heads; a layer that
     # lost a tensor beside a compressed one is damage, and so is any loss where the class is that of the checkpoint.
     stored = {local: headers.tensors[key] for key, local in local_names.items()}
@@ -182,7 +218,7 @@ def _check_neighbours(model: Any, headers: Headers, local_names: dict[str, str],
     optional = [*(model._keys_to_ignore_on_load_missing or ()), *(model._keys_to_ignore_on_save or ())]
     tied = set(model.all_tied_weights_keys or ())
     base = model.base_model_prefix + "." if hasattr(model, model.base_model_prefix) else ""
-    for key, expected in model.state_dict().items():
+    for key, expected in state.items():
         found = stored.get(key)
         if found is None:
             if key in tied or any(re.search(pattern, key) for pattern in optional):
@@ -190,7 +226,7 @@ def _check_neighbours(model: Any, headers: Headers, local_names: dict[str, str],
             if same_class or key.startswith(stacks):
                 raise FormatError(f"the checkpoint has no tensor {key}, which {type(model).__name__} needs.")
             continue
-        if expected.is_floating_point() != (found.dtype in _FLOATS):
+        if expected.dtype.is_floating_point != (found.dtype in FLOATS):
             raise FormatError(f"{found.file}: {key} has dtype {found.dtype}, expected {expected.dtype}.")
         # Heads may differ in their number of labels, which from_pretrained has an option for.
         if key.removesuffix(".weight") not in compressed and key.startswith(base) and found.shape != expected.shape:
@@ -210,8 +246,8 @@ def _check_tensor(headers: Headers, key: str, shape: tuple[int, ...], dtypes: tu
     return found
 
 
-def _local_names(model: Any, headers: Headers) -> dict[str, str]:
-    names, prefix = set(model.state_dict()), model.base_model_prefix + "."
+def _local_names(model: Any, headers: Headers, names: Container[str]) -> dict[str, str]:
+    prefix = model.base_model_prefix + "."
     local = {}
     for key in headers.tensors:
         # In the order of transformers: it strips a prefix where it can, then tries to add one.
@@ -232,15 +268,8 @@ def _may_be_absent(model: Any, headers: Headers, name: str) -> bool:
     return has_head and not same_class and not name.startswith(prefix)
 
 
-def _checksum(bitmaps: dict[str, Tensor]) -> str:
+def _checksum(bitmaps: dict[str, bytes]) -> str:
     value = 0
     for name in sorted(bitmaps):
-        value = zlib.crc32(bitmaps[name].cpu().numpy().tobytes(), zlib.crc32(name.encode(), value))
+        value = zlib.crc32(bitmaps[name], zlib.crc32(name.encode(), value))
     return f"{value:08x}"
-
-
-def _open(file: str) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise FormatError(f"{file} is not a whole safetensors file: {error}") from error

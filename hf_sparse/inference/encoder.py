@@ -1,8 +1,8 @@
 """Fused encoders: a whole stack of compressed layers in one native call, wherever it computes the same.
 
-`fuse` gives every encoder of a known family inside a compressed model a class of its own, a subclass of its class that
-differs in `forward` alone: parameters, names and state_dict stay the model's. Each call decides anew whether the kernels
-can take it, and otherwise runs what the model would have run.
+`fuse` gives every encoder of a known family inside a compressed model a class of its own, a subclass of its class
+that differs in `forward` alone: parameters, names and state_dict stay the model's. Each call decides anew whether the
+kernels can take it, and otherwise runs what the model would have run.
 """
 
 from __future__ import annotations
@@ -10,16 +10,19 @@ from __future__ import annotations
 import importlib
 import os
 from functools import cache
-from operator import attrgetter, is_
+from itertools import chain, repeat
+from operator import attrgetter, contains, is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 from transformers import modeling_outputs
 from transformers.utils import output_capturing
 
-from hf_sparse.inference.families import FAMILIES, Family, UnsupportedError, find_family, read_encoder
+from hf_sparse.core.packing import FormatError
+from hf_sparse.inference.families import FAMILIES, Family, UnsupportedError, attention_of, find_family, read_encoder
 from hf_sparse.inference.kernels import library, requested_backend
 from hf_sparse.inference.kernels.encoder import AllMaskedError, NativeEncoder
 from hf_sparse.inference.linear import BlockSparseLinear
@@ -38,11 +41,15 @@ class _Ready:
 
     def __init__(self, encoder: Any, family: Family) -> None:
         self.modules = list(encoder.modules())
+        self._classes = list(map(type, self.modules))
+        # The lists that slicing makes are in training mode, which changes nothing.
+        self.switched = [m for m in self.modules if type(m) is not nn.ModuleList]
         self._children_of = [m._modules for m in self.modules if m._modules]
         self._tensors_of = [d for m in self.modules for d in (m._parameters, m._buffers) if d]
         self.hooks = [d for m in self.modules[1:] for d in (m._forward_hooks, m._forward_pre_hooks)]
         self.attributes = [m.__dict__ for m in self.modules[1:]]
-        self._children, self.tensors = self._now()
+        self._children, self._entries = self._now()
+        self.tensors = [t for t in self._entries if t is not None]
         self._addresses = list(map(Tensor.data_ptr, self.tensors))
         # Tensors made in inference mode keep no version.
         self._versioned = [t for t in self.tensors if not t.is_inference()]
@@ -52,7 +59,7 @@ class _Ready:
         try:
             self.native = self._build(encoder, family)
             self.reason = f"{self.native.isa} kernels, {len(encoder.layer)} layers"
-        except UnsupportedError as error:
+        except (UnsupportedError, FormatError) as error:
             self.reason = str(error)
 
     def _build(self, encoder: Any, family: Family) -> NativeEncoder:
@@ -60,32 +67,40 @@ class _Ready:
             raise UnsupportedError("it has no compressed layers")
         if not library.load_library().isas:
             raise UnsupportedError(library.load_library().reason)
+        if not all(type(t) in (Tensor, nn.Parameter) for t in self.tensors):
+            raise UnsupportedError("its parameters are not all plain tensors")
         types = {(t.dtype, t.device.type) for t in self.tensors if t.is_floating_point()}
         dtype, device = types.pop()
         if types or device != "cpu" or dtype not in library.DTYPES:
             raise UnsupportedError("its parameters are not all float32, or all bfloat16, on the CPU")
-        with torch.no_grad():
+        with torch.no_grad(), torch.device("cpu"):
             return NativeEncoder(*read_encoder(encoder, family))
 
-    def _now(self) -> tuple[list[Any], list[Tensor]]:
-        children = [m for d in self._children_of for m in d.values()]
-        return children, [t for d in self._tensors_of for t in d.values() if t is not None]
+    def _now(self) -> tuple[list[Any], list[Any]]:
+        # Both run in every call: nothing here is a loop of Python's.
+        children = chain.from_iterable(map(dict.values, self._children_of))
+        return list(children), list(chain.from_iterable(map(dict.values, self._tensors_of)))
 
     def fits(self) -> bool:
         """Tell whether modules and tensors are still those it was made of, as far as torch tells of writes."""
-        children, tensors = self._now()
+        children, entries = self._now()
         return (
             len(children) == len(self._children)
             and all(map(is_, children, self._children))
-            and len(tensors) == len(self.tensors)
-            and all(map(is_, tensors, self.tensors))
-            and list(map(Tensor.data_ptr, tensors)) == self._addresses
+            and len(entries) == len(self._entries)
+            and all(map(is_, entries, self._entries))
+            and list(map(Tensor.data_ptr, self.tensors)) == self._addresses
             and list(map(_version, self._versioned)) == self._versions
+            and list(map(type, self.modules)) == self._classes
         )
 
 
 class FusedEncoder(nn.Module):
-    """What the class of a fused encoder adds to the class that the model gave it."""
+    """What the class of a fused encoder adds to the class that the model gave it.
+
+    Changes that torch does not tell of go unseen until the model was in training mode again (`train()`, then
+    `eval()`): writing through `.data`, and setting plain attributes such as `eps`.
+    """
 
     _family: Family
 
@@ -97,9 +112,16 @@ class FusedEncoder(nn.Module):
         if y is None:
             plain: Any = super().forward
             return plain(hidden_states, attention_mask, *args, **kwargs)
-        if self._family.output == "BaseModelOutput" and kwargs.get("return_dict") is False:
+        if self._family.tuples and not kwargs.get("return_dict"):
             return (y,)
         return getattr(modeling_outputs, self._family.output)(last_hidden_state=y)
+
+    def train(self, mode: bool = True) -> Any:
+        """Switch between training and evaluation; a switch forgets what the kernels made of the layers."""
+        # Not every call: some libraries call eval() before each batch.
+        if mode != self.training:
+            self.__dict__.pop("_ready", None)
+        return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -108,7 +130,7 @@ class FusedEncoder(nn.Module):
 
 
 def _concerns(encoder: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    # Cheap questions first: whether this call is inference on the CPU that asks for nothing but the last hidden states.
+    # Cheap questions first: is this inference on the CPU that asks for nothing but the last hidden states?
     return (
         type(x) is Tensor
         and x.is_cpu
@@ -119,8 +141,10 @@ def _concerns(encoder: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         and not output_capturing._active_collector.get()
         and not torch.is_autocast_enabled("cpu")
         and not torch.jit.is_tracing()
+        and x.numel() > 0
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
         and not (nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks)
         and requested_encoder() == "auto"
         and requested_backend() in ("auto", "cpu")
@@ -132,15 +156,20 @@ def _run(encoder: Any, x: Tensor, mask: Tensor | None) -> Tensor | None:
     native = ready.native
     if native is None or x.dtype is not native.dtype or x.shape[2] != native.hidden:
         return None
-    if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in ready.tensors)):
+    inputs = (x,) if mask is None else (x, mask)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *ready.tensors)):
         return None
-    if any(map(_training, ready.modules)) or any("forward" in d for d in ready.attributes):
+    if any(map(_training, ready.switched)) or any(map(contains, ready.attributes, repeat("forward"))):
         return None
     if any(ready.hooks) and not all(_captures(hook) for hooks in ready.hooks for hook in hooks.values()):
         return None
+    attention = attention_of(encoder, encoder._family)
+    if attention not in ("sdpa", "eager"):
+        return None
     keys = None
     if mask is not None:
-        keys = _key_mask(mask, x)
+        # Only one of them takes True for "seen"; the other would add it to the scores.
+        keys = _key_mask(mask, x) if mask.dtype is not torch.bool or attention == "sdpa" else None
         if keys is None:
             return None
     try:
@@ -173,7 +202,7 @@ def _key_mask(mask: Tensor, x: Tensor) -> Tensor | None:
     if mask.shape[2] > 1 and mask.stride(2) and not torch.equal(mask[:, 0], first[:, None].expand_as(mask[:, 0])):
         return None
     if mask.dtype is torch.bool:
-        keys = torch.zeros(first.shape, dtype=torch.float32).masked_fill_(~first, float("-inf"))
+        keys = torch.zeros_like(first, dtype=torch.float32).masked_fill_(~first, float("-inf"))
     elif mask.is_floating_point():
         keys = first.to(torch.float32)
     else:
@@ -184,10 +213,12 @@ def _key_mask(mask: Tensor, x: Tensor) -> Tensor | None:
 def _position_bias(encoder: Any, ready: _Ready, native: NativeEncoder, x: Tensor) -> Tensor | None:
     if not encoder._family.position_bias:
         return None
-    if ready.position_bias is None or ready.position_bias[0] != x.shape[1]:
+    # Another thread may replace it meanwhile.
+    cached = ready.position_bias
+    if cached is None or cached[0] != x.shape[1]:
         bias = encoder.compute_position_bias(x[:1])[0]
-        ready.position_bias = (x.shape[1], native.pad_bias(bias))
-    return ready.position_bias[1]
+        ready.position_bias = cached = (x.shape[1], native.pad_bias(bias))
+    return cached[1]
 
 
 def requested_encoder() -> str:
@@ -212,9 +243,9 @@ def fuse(model: nn.Module) -> nn.Module:
         The model.
     """
     for module in model.modules():
-        family = find_family(type(module))
-        if family and any(isinstance(m, BlockSparseLinear) for m in module.modules()):
-            module.__class__ = _fused_class(type(module))
+        plain: Any = type(module)
+        if find_family(plain) and any(isinstance(m, BlockSparseLinear) for m in module.modules()):
+            module.__class__ = _fused_class(plain)
     return model
 
 
@@ -244,7 +275,8 @@ def fused_encoders(model: nn.Module) -> dict[str, str]:
             reason = "the environment forbids it" if off else ready.reason
             told[name] = f"{'not fused' if off or ready.native is None else 'fused'}: {reason}"
         elif find_family(type(module)):
-            told[name] = "not fused: it has no compressed layers"
+            compressed = any(isinstance(m, BlockSparseLinear) for m in module.modules())
+            told[name] = f"not fused: {'fuse was not called' if compressed else 'it has no compressed layers'}"
     return told
 
 

@@ -1,7 +1,7 @@
 """Encoders that the fused kernels know: where their layers keep queries, keys, norms, and what else they compute.
 
-A family is named by the classes of transformers, not by structure: a layer that looks alike and computes something else
-(norms first, relative positions) must not be taken for it.
+A family is named by the classes of transformers, not by structure: a layer that looks alike and computes something
+else (norms first, relative positions) must not be taken for it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ _ACTIVATIONS = {
     "SiLU": "silu",
     "ReLU": "relu",
 }
+_ACTIVATION_MODULES = ("transformers.activations", "torch.nn.modules.activation")
 _SIMPLE = (BlockSparseLinear, nn.Linear, nn.LayerNorm, nn.Dropout, nn.ModuleList)
 
 
@@ -45,6 +46,8 @@ class Family:
         activation: where it has what is between up and down.
         heads: where it has the number of heads.
         output: name of the class in `transformers.modeling_outputs` that the encoder gives.
+        tuples: whether it gives a tuple instead unless `return_dict` is set.
+        attends: whether the attention is chosen by the config; otherwise it is always the eager one.
         position_bias: whether scores get a bias from relative positions, the same in all layers.
     """
 
@@ -55,6 +58,8 @@ class Family:
     activation: str
     heads: str
     output: str
+    tuples: bool = False
+    attends: bool = True
     position_bias: bool = False
 
 
@@ -94,6 +99,8 @@ FAMILIES = (
         activation="intermediate.intermediate_act_fn",
         heads="attention.attn.num_attention_heads",
         output="BaseModelOutput",
+        tuples=True,
+        attends=False,
         position_bias=True,
     ),
 )
@@ -123,15 +130,15 @@ def read_encoder(encoder: Any, family: Family) -> tuple[list[LayerParts], Encode
     Raises:
         UnsupportedError: if anything in it is not what the kernels compute.
     """
-    config = encoder.config if hasattr(encoder, "config") else getattr(encoder.layer[0].attention, "config", None)
+    layers = list(encoder.layer)
+    if not layers:
+        raise UnsupportedError("it has no layers")
+    config = _config(encoder)
     if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
         raise UnsupportedError("it is a decoder")
     position = getattr(config, "position_embedding_type", "absolute")
     if position != "absolute":
         raise UnsupportedError(f"its position embeddings are of type {position!r}")
-    layers = list(encoder.layer)
-    if not layers:
-        raise UnsupportedError("it has no layers")
     layer_class = type(layers[0])
     for layer in layers:
         if type(layer) is not layer_class:
@@ -143,38 +150,57 @@ def read_encoder(encoder: Any, family: Family) -> tuple[list[LayerParts], Encode
     return [_read_layer(layer, family) for layer in layers], shapes.pop()
 
 
+def attention_of(encoder: Any, family: Family) -> str | None:
+    """Name the attention function that the config of an encoder asks for."""
+    return getattr(_config(encoder), "_attn_implementation", None) if family.attends else "eager"
+
+
+def _config(encoder: Any) -> Any:
+    return encoder.config if hasattr(encoder, "config") else getattr(encoder.layer[0].attention, "config", None)
+
+
+def _activation(module: Any) -> str | None:
+    kind = type(module)
+    return _ACTIVATIONS.get(kind.__name__) if kind.__module__ in _ACTIVATION_MODULES else None
+
+
 def _check_classes(layer: nn.Module) -> None:
     for name, module in layer.named_modules():
         own = type(module).__module__ == type(layer).__module__
-        if not (own or type(module) in _SIMPLE or type(module).__name__ in _ACTIVATIONS):
+        if not (own or type(module) in _SIMPLE or _activation(module)):
             raise UnsupportedError(f"{name} is a {type(module).__name__}")
 
 
 def _shape(layer: nn.Module, family: Family) -> EncoderShape:
     module = attrgetter(family.activation)(layer)
-    activation = _ACTIVATIONS.get(type(module).__name__) if isinstance(module, nn.Module) else None
+    activation = _activation(module)
     if activation is None:
         raise UnsupportedError(f"its activation is {module!r}")
     heads = int(attrgetter(family.heads)(layer))
+    attention: Any = attrgetter(family.heads.rpartition(".")[0])(layer)
     query: Any = attrgetter(family.linears[0])(layer)
     size, left = divmod(query.out_features, heads)
     if left or size % HEAD_FEATURES:
         raise UnsupportedError(f"{heads} heads share {query.out_features} features: not a multiple of {HEAD_FEATURES}")
+    scaling = getattr(attention, "scaling", size**-0.5)
+    if attention.attention_head_size != size or scaling != size**-0.5 or getattr(attention, "is_causal", False):
+        raise UnsupportedError("its attention was changed: heads of another size, another scaling, or causal")
     first, last = (attrgetter(name)(layer) for name in family.norms)
     return EncoderShape(heads=heads, head_size=size, eps=(float(first.eps), float(last.eps)), activation=activation)
 
 
 def _read_layer(layer: nn.Module, family: Family) -> LayerParts:
     linears = tuple(_read_linear(attrgetter(name)(layer), name) for name in family.linears)
-    return LayerParts(linears, tuple(_read_norms((attrgetter(n)(layer) for n in family.norms))))
+    return LayerParts(linears, tuple(_read_norms(attrgetter(n)(layer) for n in family.norms)))
 
 
 def _read_linear(module: Any, name: str) -> LinearParts:
+    bias: Any = getattr(module, "bias", None)
     if isinstance(module, BlockSparseLinear):
-        return LinearParts(module.weight.detach(), module.index(), module.bias)
+        return LinearParts(module.weight.detach(), module.index(), bias)
     if not is_linear(module) or not isinstance(module, nn.Linear):
         raise UnsupportedError(f"{name} is a {type(module).__name__}")
-    return LinearParts.from_dense(module.weight, module.bias)
+    return LinearParts.from_dense(module.weight, bias)
 
 
 def _read_norms(norms: Iterable[Any]) -> Iterable[Tensor]:

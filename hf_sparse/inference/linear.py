@@ -56,9 +56,9 @@ class BlockSparseLinear(nn.Module):
         self.transposed = layer.transposed
         self.weight = nn.Parameter(torch.empty(layer.values_shape, device=device, dtype=dtype))
         self.weight_block_mask: Tensor
-        self.register_buffer(
-            "weight_block_mask", torch.zeros(layer.mask_bytes, dtype=torch.uint8, device=device), persistent=True
-        )
+        # torch.zeros on the meta device takes twice as long, and models are loaded there.
+        bitmap = torch.empty(layer.mask_bytes, dtype=torch.uint8, device=device).zero_()
+        self.register_buffer("weight_block_mask", bitmap, persistent=True)
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
         )
@@ -126,7 +126,7 @@ class BlockSparseLinear(nn.Module):
         # that nn.DataParallel makes have them elsewhere.
         weight: Any = self._parameters.get("weight")
         weight = self.weight if weight is None else weight
-        bias = self._parameters.get("bias", self.__dict__.get("bias"))
+        bias: Any = self._parameters["bias"] if "bias" in self._parameters else self.bias
         backward = torch.is_grad_enabled() and (
             weight.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any
 
@@ -13,9 +14,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hf_sparse.core.files import interrupted_save
 from hf_sparse.core.packing import FORMAT_VERSION, QUANT_METHOD, FormatError, LayerFormat, read_layer_formats
 from hf_sparse.inference.checkpoint import check_bitmaps, header_strings, match_modules, read_headers
-from hf_sparse.inference.compress import compressed_layers, decompress, replace_module
+from hf_sparse.inference.compress import compressed_layers, decompress
+from hf_sparse.inference.direct import fill, replace_layers, unhide
+from hf_sparse.inference.encoder import fuse
 from hf_sparse.inference.kernels import requested_backend, require_backend
-from hf_sparse.inference.linear import BlockSparseLinear
 
 
 class BlockSparseConfig(QuantizationConfigMixin):
@@ -56,8 +58,9 @@ class BlockSparseConfig(QuantizationConfigMixin):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Read the JSON form; arguments as in `QuantizationConfigMixin.from_dict`."""
-        # Checked before Python sees the keys as arguments.
-        read_layer_formats(config_dict)
+        # Checked before Python sees the keys as arguments; the layers are checked by __init__.
+        layers: dict[str, Any] = {"modules": {}} if isinstance(config_dict.get("modules"), dict) else {}
+        read_layer_formats({**config_dict, **layers})
         return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
 
     def layer_formats(self) -> dict[str, LayerFormat]:
@@ -72,6 +75,15 @@ class BlockSparseConfig(QuantizationConfigMixin):
             "modules": {name: layer.to_dict() for name, layer in self.layer_formats().items()},
         }
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlockSparseConfig:
+        # transformers copies configs again and again; entries hold plain numbers and lists of them.
+        copied = copy.copy(self)
+        copied.modules = {
+            name: {key: value[:] if isinstance(value, list) else value for key, value in entry.items()}
+            for name, entry in self.modules.items()
+        }
+        return copied
+
 
 class BlockSparseQuantizer(HfQuantizer):
     """Builds the compressed layers of a model before its weights are loaded, and describes them when it is saved."""
@@ -82,7 +94,7 @@ class BlockSparseQuantizer(HfQuantizer):
     quantization_config: BlockSparseConfig
 
     def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+        self, model: Any, checkpoint_files: list[str] | None = None, device_map: Any = None, **kwargs: Any
     ) -> Any:
         if getattr(model.config, "distributed_config", None) is not None:
             raise ValueError(
@@ -91,11 +103,17 @@ class BlockSparseQuantizer(HfQuantizer):
             )
         # A backend that cannot run is said now and not in the first forward pass.
         require_backend(requested_backend())
+        # transformers builds models inside `torch.device("meta")`, which makes every look at a tensor slow.
+        with torch._C.DisableTorchFunction():
+            self._build(model, checkpoint_files, device_map)
+        return model
+
+    def _build(self, model: Any, checkpoint_files: list[str] | None, device_map: Any) -> None:
         formats = self.quantization_config.layer_formats()
         try:
             headers = read_headers(checkpoint_files)
             check_bitmaps(headers, formats)
-            names = match_modules(model, headers, formats)
+            matches = match_modules(model, headers, formats)
         except FormatError as error:
             folder = os.path.dirname(checkpoint_files[0]) if checkpoint_files else ""
             if left := interrupted_save(folder or "."):
@@ -104,26 +122,26 @@ class BlockSparseQuantizer(HfQuantizer):
                     f"Finish it with hf_sparse.core.files.finish_interrupted_save({folder!r})."
                 ) from error
             raise
-        for name, local in names.items():
-            dense = model.get_submodule(local)
-            replace_module(
-                model,
-                local,
-                BlockSparseLinear(formats[name], dense.bias is not None, device="meta", dtype=dense.weight.dtype),
-            )
-        self.quantization_config.modules = {local: formats[name].to_dict() for name, local in names.items()}
-        self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        return model
+        replace_layers(matches, formats)
+        missing = fill(model, headers, matches, device_map)
+        self.quantization_config.modules = {local: formats[name].to_dict() for name, local in matches.layers.items()}
+        self._shapes = {}
+        if missing:
+            self._shapes = {name: p.shape for name, p in model.named_parameters() if name in missing}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        unhide(model)
         # Before 5.23 transformers takes any shape into the dense layers of a model that has a quantizer.
-        for name, parameter in model.named_parameters():
-            if parameter.shape != self._shapes.get(name, parameter.shape):
+        for name, shape in self._shapes.items():
+            if (found := model.get_parameter(name).shape) != shape:
                 raise FormatError(
-                    f"{name} has shape {list(parameter.shape)} in the file, expected {list(self._shapes[name])}. "
+                    f"{name} has shape {list(found)} in the file, expected {list(shape)}. "
                     f"ignore_mismatched_sizes replaces it from transformers 5.23 on."
                 )
-        return decompress(model) if self.quantization_config.dequantize else model
+        return decompress(model) if self.quantization_config.dequantize else fuse(model)
+
+    def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
+        """Change nothing: compressed models are not split over devices, and looking for it takes time."""
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
         """Bring the config up to date with the layers, and give the strings for the header of each weights file."""

@@ -17,7 +17,7 @@ from hf_sparse.training.presets import PRESETS
 CHOICES: dict[str, tuple[str, ...]] = {
     "sparsity_scope": ("layer", "global"),
     "sparsity_schedule": ("cubic", "linear", "one_shot"),
-    "importance": ("magnitude",),
+    "importance": ("magnitude", "activation"),
     "penalty_form": ("loss", "proximal"),
     "save_format": ("compressed", "dense"),
 }
@@ -74,7 +74,9 @@ class SparseDistillConfig(TrainingArguments):
     mask_updates: int = _field(
         100, "How many times the masks are chosen anew between sparsity_start and sparsity_end."
     )
-    importance: str = _field("magnitude", 'How blocks are ranked: "magnitude" (L2 norm).')
+    importance: str = _field(
+        "magnitude", 'How blocks are ranked: "magnitude" (L2 norm) or "activation" (times the size of the inputs).'
+    )
     penalty_weight: float = _field(0.0, "Weight lambda of the reweighted group lasso; 0 = off.")
     penalty_form: str = _field(
         "loss", '"loss" (gradient of L + lambda R, clipped with it) or "proximal" (shrinks blocks).'
@@ -93,6 +95,13 @@ class SparseDistillConfig(TrainingArguments):
     graft_start: float = _field(1.0, "Probability, at the start, that a layer runs the student; 1 = no grafting.")
     graft_hold: float = _field(0.0, "Fraction of training up to which the graft probability stays at graft_start.")
     graft_end: float = _field(0.8, "Fraction of training at which the graft probability has risen to 1.")
+    lr_restart: float = _field(
+        0.0, "Fraction of training at which the learning-rate schedule starts anew from its peak; 0 = never."
+    )
+    reset_optimizer: bool = _field(False, "Whether the optimizer starts anew at lr_restart as well.")
+    train_only_layers: bool = _field(
+        False, "Whether embeddings, pooler and head are frozen, so that the repeated layers alone are trained."
+    )
     preset: str | None = field(
         default=None,
         metadata={"help": "Settings of one paper for the fields that are not given: "
@@ -134,6 +143,9 @@ class SparseDistillConfig(TrainingArguments):
                     f"{name}={value!r} is not a block size: use a positive integer, or -1 for the whole side."
                 )
         self._check_number("sparsity", 0.0, 1.0, high_open=True)
+        self._check_number("lr_restart", 0.0, 1.0, high_open=True)
+        if self.reset_optimizer and not self.lr_restart:
+            raise ValueError("reset_optimizer=True has no effect with lr_restart=0: set lr_restart, or leave it out.")
         for name in ("sparsity_start", "sparsity_end", "graft_start", "graft_hold", "graft_end"):
             self._check_number(name, 0.0, 1.0)
         for name in ("penalty_weight", "task_weight", "kd_weight", "hidden_weight", "attention_weight"):

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from hf_sparse.core.blocks import BlockShape, block_norms
+from hf_sparse.core.targets import weight_view
+from hf_sparse.training.distributed import sum_over_ranks
 
 
 def magnitude(weight: Tensor, block_shape: BlockShape) -> Tensor:
@@ -21,8 +29,85 @@ def magnitude(weight: Tensor, block_shape: BlockShape) -> Tensor:
         [R, C], >= 0, float32 (float64 for a float64 weight).
 
     Example:
-        >>> import torch
         >>> magnitude(torch.tensor([[3., 3., 0., 0.]]), (1, 2))
         tensor([[3., 0.]])
     """
     return block_norms(weight, block_shape) / (block_shape[0] * block_shape[1]) ** 0.5
+
+
+def activation(weight: Tensor, block_shape: BlockShape, input_rms: Tensor) -> Tensor:
+    """Score blocks by the root mean square of what their weights multiply out to: |weight| times its input's size.
+
+    Args:
+        weight: [O, I].
+        block_shape: (h, w), both positive.
+        input_rms: [I], root mean square of each input feature; `input_rms` measures it.
+
+    Returns:
+        [R, C], >= 0, float32 (float64 for a float64 weight).
+
+    Source: Wanda (Sun et al., ICLR 2024), there for single weights and without training.
+
+    Example:
+        >>> activation(torch.tensor([[3., 3., 1., 1.]]), (1, 2), torch.tensor([1., 1., 5., 5.]))
+        tensor([[3., 5.]])
+    """
+    return magnitude(weight * input_rms.to(weight.device, weight.dtype), block_shape)
+
+
+@torch.no_grad()
+def input_rms(
+    model: nn.Module, targets: Mapping[str, nn.Module], micro_batches: Sequence[Mapping[str, Any]]
+) -> dict[str, Tensor]:
+    """Measure how large the inputs of linears are on a batch. Padding does not count.
+
+    The result does not depend on how samples are split into micro-batches or over ranks, up to rounding.
+
+    Args:
+        model: run in eval mode; its mode is put back.
+        targets: {name: linear} of the model.
+        micro_batches: what the model is called with, on its device.
+
+    Returns:
+        {name: [I], float32}; ones for a linear that no token has reached.
+    """
+    squares: dict[str, Tensor] = {}
+    counts: dict[str, Tensor] = {}
+
+    def add(mask: Any, name: str, inputs: Tensor) -> None:
+        flat = inputs.detach().float().flatten(0, -2)
+        real = torch.ones(len(flat), device=flat.device)
+        if isinstance(mask, Tensor) and mask.shape == inputs.shape[:-1]:
+            real = mask.flatten().ne(0).float()
+        square, count = (flat.square() * real[:, None]).sum(0), real.sum()
+        squares[name] = squares[name] + square if name in squares else square
+        counts[name] = counts[name] + count if name in counts else count
+
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in micro_batches:
+            with _watching(targets, partial(add, batch.get("attention_mask"))):
+                model(**batch)
+    finally:
+        model.train(was_training)
+    rms = {}
+    for name, module in targets.items():
+        weight = weight_view(module)
+        square = sum_over_ranks(squares.get(name, weight.new_zeros(weight.shape[1], dtype=torch.float32)))
+        count = sum_over_ranks(counts.get(name, weight.new_zeros((), dtype=torch.float32)))
+        rms[name] = torch.where(count > 0, (square / count.clamp(min=1.0)).sqrt(), 1.0)
+    return rms
+
+
+@contextlib.contextmanager
+def _watching(targets: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    hooks = [
+        module.register_forward_pre_hook(lambda _, inputs, name=name: see(name, inputs[0]))
+        for name, module in targets.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

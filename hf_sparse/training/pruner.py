@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hf_sparse.core.targets import assign_block_shapes, find_targets, grad_view, weight_view
 from hf_sparse.training.config import SparseDistillConfig
 from hf_sparse.training.distributed import broadcast_from_rank_0_
+from hf_sparse.training.importance import activation
 from hf_sparse.training.masks import BlockMasks
 from hf_sparse.training.penalty import next_coef, penalty_gradient, proximal_shrink_
 from hf_sparse.training.schedules import StepPlan
@@ -44,14 +45,25 @@ class Pruner:
         self.coefs: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def begin_step(self, plan: StepPlan) -> None:
-        """Take coefficients and masks anew where the plan says so; rank 0 decides for all ranks."""
+    def begin_step(self, plan: StepPlan, measure: Callable[[], Mapping[str, Tensor]] | None = None) -> None:
+        """Take coefficients and masks anew where the plan says so; rank 0 decides for all ranks.
+
+        Args:
+            plan: the step's plan.
+            measure: gives `importance.input_rms` of the step's batch; needed for importance="activation" alone.
+
+        Raises:
+            ValueError: if it is needed and missing.
+        """
         if plan.update_coefs:
             epsilon = self.config.penalty_epsilon
             self.coefs = {n: next_coef(w, self.masks.block_shapes[n], epsilon) for n, w in self.masks.weights()}
             broadcast_from_rank_0_(self.coefs.values())
         if plan.update_masks:
-            self.masks.choose(plan.sparsity)
+            if self.config.importance == "magnitude":
+                self.masks.choose(plan.sparsity)
+            else:
+                self.masks.choose(plan.sparsity, self._scores(measure))
             broadcast_from_rank_0_(self.masks.masks.values())
             self.masks.apply_()
 
@@ -126,6 +138,12 @@ class Pruner:
             raise RuntimeError(
                 "training ended with weights in pruned blocks: something wrote to them after the last step."
             )
+
+    def _scores(self, measure: Callable[[], Mapping[str, Tensor]] | None) -> dict[str, Tensor]:
+        if measure is None:
+            raise ValueError(f"importance={self.config.importance!r} looks at a batch: pass measure to begin_step.")
+        rms = measure()
+        return {name: activation(w, self.masks.block_shapes[name], rms[name]) for name, w in self.masks.weights()}
 
     def _coef(self, name: str) -> Tensor | None:
         if name not in self.coefs:

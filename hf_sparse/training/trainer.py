@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_sparse.hub.card import CARD_FILE, is_rendered, write_card
@@ -16,11 +16,14 @@ from hf_sparse.training.checkpoint import check_writable, load_state, save_state
 from hf_sparse.training.config import SparseDistillConfig
 from hf_sparse.training.distiller import Distiller
 from hf_sparse.training.facts import run_facts, with_given
+from hf_sparse.training.hooks import StepHooks
+from hf_sparse.training.importance import input_rms
 from hf_sparse.training.losses import RunningMeans, distillation_terms, weighted_sum
 from hf_sparse.training.pruner import Pruner
 from hf_sparse.training.saving import save_final
 from hf_sparse.training.schedules import StepPlan, plan_step
 from hf_sparse.training.share import StepTotals, count_units
+from hf_sparse.training.stages import freeze_outside_layers, reset_optimizer, restarting_scheduler, with_graph
 from hf_sparse.training.support import predicts_next, refuse_unsupported_engine, refuse_unsupported_model
 
 
@@ -63,6 +66,7 @@ class SparseDistillTrainer(Trainer):
         self._given_teacher = teacher_model
         self._teacher_metrics: dict[str, float] = {}
         self._plan: StepPlan | None = None
+        self._micro_batches: list[dict[str, Any]] = []
         self._totals, self._means = StepTotals(), RunningMeans()
         super().__init__(model, args, *positional, **kwargs)
         # The model would otherwise be handed a count that only some heads use, and be scaled as if all did.
@@ -71,10 +75,12 @@ class SparseDistillTrainer(Trainer):
             self._set_up(self.student)
         if isinstance(self.student, PreTrainedModel):
             self.student.add_model_tags(self._tag_names)
-        self.add_callback(_StepHooks(self))
+        self.add_callback(StepHooks(self))
 
     def _set_up(self, model: nn.Module) -> None:
         refuse_unsupported_model(model, self.args)
+        if self.args.train_only_layers:
+            freeze_outside_layers(model)
         self.pruner = Pruner(model, self.args)
         self._shifted = predicts_next(model)
         self.distiller = Distiller(model, self.args, self._given_teacher)
@@ -124,13 +130,27 @@ class SparseDistillTrainer(Trainer):
             return [], None
         batch_samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batch_samples:
+            self._micro_batches = batch_samples
             self._totals = StepTotals.of(batch_samples, self._shifted, device)
         return batch_samples, None
 
     def begin_step(self) -> None:
         """Do what is due before the forward of an optimizer step."""
         self._plan = plan_step(self.args, self.state.global_step, self.state.max_steps)
-        self.pruner.begin_step(self.plan)
+        self.pruner.begin_step(self.plan, self._input_rms)
+        reset_optimizer(self.args, self.optimizer, self.plan.step, self.state.max_steps)
+
+    def _input_rms(self) -> dict[str, Tensor]:
+        batches = [self._prepare_inputs(batch) for batch in self._micro_batches]
+        with self.accelerator.autocast():
+            return input_rms(self.student, self.pruner.masks.targets, batches)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """Create the learning-rate schedule, with its restart where `lr_restart` asks for one."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = restarting_scheduler(self.args, optimizer or self.optimizer, num_training_steps)
+            self._created_lr_scheduler = self.lr_scheduler is not None
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -152,7 +172,7 @@ class SparseDistillTrainer(Trainer):
         if teacher_outputs is not None:
             student_config = getattr(student, "config", None)
             terms |= distillation_terms(outputs, teacher_outputs, inputs, student_config, self.args, self._shifted)
-        loss = weighted_sum(terms, self.args, self._totals.shares(inputs, self._shifted), self._means)
+        loss = with_graph(weighted_sum(terms, self.args, self._totals.shares(inputs, self._shifted), self._means))
         return (loss, outputs) if return_outputs else loss
 
     def _task_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
@@ -278,19 +298,3 @@ class SparseDistillTrainer(Trainer):
             self.model, self.model_wrapped = student, wrapped
         self._teacher_metrics = {key.removeprefix("teacher_"): value for key, value in metrics.items()}
         return metrics
-
-
-class _StepHooks(TrainerCallback):
-    """Passes the moments of a step on to the trainer. Keeps no state, so that nothing is restored from checkpoints."""
-
-    def __init__(self, trainer: SparseDistillTrainer) -> None:
-        self.trainer = trainer
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.trainer.begin_step()
-
-    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        self.trainer.finish_step()
-
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        self.trainer.pruner.check_target()

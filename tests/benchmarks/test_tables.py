@@ -1,4 +1,4 @@
-"""README.md shows what benchmarks/results/ holds, to the letter."""
+"""README.md and docs/kernels.md show what benchmarks/results/ holds, to the letter."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.tables import README, RESULTS, fill
+from benchmarks import tables
+from benchmarks.tables import DOCUMENTS, LAYOUTS, RESULTS, fill
 
 RESULT = {
     "command": "make demo",
@@ -25,9 +26,31 @@ def results(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_readme_is_up_to_date() -> None:
-    text = README.read_text(encoding="utf-8")
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_documents_are_up_to_date(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    missing = [
+        stem
+        for name, (stem, _) in LAYOUTS.items()
+        if f":{name} -->" in text and not (RESULTS / f"{stem}.json").is_file()
+    ]
+    if missing:
+        pytest.skip(f"not measured yet: {', '.join(sorted(set(missing)))}")
     assert fill(text, RESULTS) == text, "run make tables"
+
+
+def test_what_is_out_of_date_is_told_or_renewed(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = tmp_path / "old.md", tmp_path / "new.md"
+    old.write_text(MARKED)
+    new.write_text(fill(MARKED, results))
+    monkeypatch.setattr(tables, "DOCUMENTS", (old, new))
+    monkeypatch.setattr(tables, "RESULTS", results)
+    assert tables.main(["--check"]) == 1 and old.read_text() == MARKED
+    assert capsys.readouterr().err == "old.md differs from benchmarks/results/: run make tables.\n"
+    assert tables.main([]) == 0 and old.read_text() == new.read_text()
+    assert tables.main(["--check"]) == 0
 
 
 def test_a_table_is_filled_between_its_markers(results: Path) -> None:
@@ -44,7 +67,7 @@ def test_a_table_is_filled_between_its_markers(results: Path) -> None:
     ["no marker", "<!-- table:demo -->\nno end", MARKED + "<!-- /table:demo2 -->", MARKED.replace("demo", "other")],
 )
 def test_wrong_markers_are_refused(results: Path, text: str) -> None:
-    with pytest.raises(ValueError, match=r"tables known \['demo'\]"):
+    with pytest.raises(ValueError, match=r"tables known \['cpu', .*'demo'\]"):
         fill(text, results)
 
 

@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from hf_sparse import compress
 from hf_sparse.core.blocks import expand_mask
@@ -27,7 +30,7 @@ def pruned_bert(seed: int) -> tuple[BertForSequenceClassification, dict[str, tor
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub]:
     with LoopbackHub() as server:
         # The client reads HF_ENDPOINT once, when it is imported, and these constants at every call.
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
@@ -36,8 +39,18 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
         # transformers keeps one client per process, and with it the address of the server of an earlier test.
         monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+        monkeypatch.setattr("hf_sparse.hub.push.WAITS", (0.0, 0.0, 0.0))
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY", True)
         yield server
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A tokenizer of 40 words, as small as the model."""
+    vocab = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *(f"w{i}" for i in range(38))])}
+    tokenizer = Tokenizer(WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A Hub on loopback: keeps repositories, checks hashes and tokens, fails when it is told to. Standard library only.
+"""A Hub on loopback: keeps repositories, checks hashes and tokens, fails when it is told to.
 
 It speaks what the unmodified `huggingface_hub` client asks for when it creates, pushes, lists and loads models. Point
 the client at `LoopbackHub.url` through its `endpoint` argument, or through HF_ENDPOINT before it is imported.
@@ -13,9 +13,12 @@ import json
 import re
 import socket
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import yaml
 
 WRITE_TOKEN, READ_TOKEN = "hf_loopback_write", "hf_loopback_read"
 USER = "tester"
@@ -54,6 +57,7 @@ class Fault:
     pattern: str
     status: int | None
     times: int
+    seconds: float = 0.0
 
 
 class LoopbackHub:
@@ -74,6 +78,10 @@ class LoopbackHub:
     def fail(self, pattern: str, status: int | None, times: int = 1) -> None:
         """Answer the next `times` requests that match with `status`; None drops the connection instead."""
         self.faults.append(Fault(pattern, status, times))
+
+    def delay(self, pattern: str, seconds: float, times: int = 1) -> None:
+        """Answer the next `times` requests that match as always, but later."""
+        self.faults.append(Fault(pattern, 200, times, seconds))
 
     def __enter__(self) -> LoopbackHub:
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
@@ -119,6 +127,9 @@ class _Handler(BaseHTTPRequestHandler):
         for fault in self.hub.faults:
             if fault.times and re.search(fault.pattern, line):
                 fault.times -= 1
+                if fault.seconds:
+                    time.sleep(fault.seconds)
+                    break
                 if fault.status is None:
                     self.close_connection = True
                     return self.connection.shutdown(socket.SHUT_RDWR)
@@ -142,7 +153,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send({"type": "user", "name": USER, "orgs": [], "auth": {"accessToken": {"role": role}}})
 
     def validate_yaml(self) -> None:
-        self.send({"errors": [], "warnings": []})
+        errors = card_errors(json.loads(self.body)["content"])
+        self.send({"errors": errors, "warnings": []}, status=400 if errors else 200)
 
     def create(self) -> None:
         self.require_write()
@@ -227,6 +239,8 @@ class _Handler(BaseHTTPRequestHandler):
                 del files[value["path"]]
             else:
                 raise _Refused(400, "", f"unknown operation {key}")
+            if value.get("path") == "README.md" and (errors := card_errors(files["README.md"].decode())):
+                raise _Refused(400, "", errors[0]["message"])
         new = Commit(message, files)
         found.branches[rev].append(new)
         url = f"{self.hub.url}/{repo}/commit/{new.oid}"
@@ -318,6 +332,31 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *args: object) -> None:
         pass
+
+
+def card_errors(text: str) -> list[dict[str, str]]:
+    """What the Hub would refuse in the YAML header of a card, for the parts that hf_sparse writes."""
+    found = re.match(r"---\r?\n(.*?)\r?\n---\r?\n", text, re.DOTALL)
+    try:
+        data = yaml.safe_load(found[1]) if found else {}
+    except yaml.YAMLError as error:
+        return [{"message": f"Invalid YAML: {error}"}]
+    wrong = [name for name, kind in (("base_model", str | list), ("tags", list), ("datasets", list), ("metrics", list),
+                                     ("license", str), ("library_name", str), ("pipeline_tag", str))
+             if not isinstance(data.get(name, kind() if isinstance(kind, type) else ""), kind)]  # fmt: skip
+    relations = ("adapter", "merge", "quantized", "finetune")
+    wrong += [] if data.get("base_model_relation", "finetune") in relations else ["base_model_relation"]
+    for model in data.get("model-index", []):
+        for i, result in enumerate(model.get("results") or [{}]):
+            whole = (
+                isinstance(model.get("name"), str)
+                and isinstance(result.get("task", {}).get("type"), str)
+                and all(isinstance(result.get("dataset", {}).get(key), str) for key in ("type", "name"))
+                and result.get("metrics")
+                and all(isinstance(x.get("type"), str) and "value" in x for x in result["metrics"])
+            )
+            wrong += [] if whole else [f"model-index[0].results[{i}]"]
+    return [{"message": f'"{name}" is not valid'} for name in wrong]
 
 
 def git_oid(data: bytes) -> str:

@@ -10,8 +10,9 @@ import pytest
 from huggingface_hub import ModelCard
 
 from hf_sparse import FormatError
-from hf_sparse.hub.card import facts_from_folder, is_rendered, render_card, write_card
+from hf_sparse.hub.card import CARD_FILE, facts_from_folder, is_rendered, render_card, write_card
 from hf_sparse.hub.facts import FACTS_FILE, CardFacts, DataFacts, MetricFacts, read_facts
+from hf_sparse.hub.filters import GAP, percent, score, shape
 from tests.hub.test_facts import FULL
 
 MODEL_CARDS = Path(__file__).parents[2] / "model_cards"
@@ -167,10 +168,13 @@ def test_hostile_text_stays_text() -> None:
 def test_write_and_render_again(tmp_path: Path) -> None:
     card = write_card(tmp_path / "new", FULL)
     assert card == tmp_path / "new" / "README.md"
-    assert card.read_text(encoding="utf-8") == render_card(FULL)
-    assert facts_from_folder(tmp_path / "new") == FULL
-    assert render_card(facts_from_folder(tmp_path / "new")) == card.read_text(encoding="utf-8")
-    assert sorted(path.name for path in card.parent.iterdir()) == ["README.md", FACTS_FILE]
+    written = facts_from_folder(tmp_path / "new")
+    assert card.read_text(encoding="utf-8") == render_card(written)
+    assert replace(written, pictures=()) == FULL
+    pictures = [picture.file for picture in written.pictures]
+    assert pictures == ["training.png", "tradeoff.png"]
+    assert sorted(path.name for path in card.parent.iterdir()) == ["README.md", FACTS_FILE, *sorted(pictures)]
+    assert f"]({pictures[0]})" in section(card.read_text(encoding="utf-8"), "Pictures")
 
 
 def test_paths_of_local_folders_are_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +206,7 @@ def test_a_card_edited_by_hand_is_kept_on_request(tmp_path: Path) -> None:
     assert card.read_text() == edited
     assert facts_from_folder(tmp_path).seed == 1
     write_card(tmp_path, FULL)
-    assert card.read_text() == render_card(FULL)
+    assert card.read_text() == render_card(facts_from_folder(tmp_path))
 
 
 @pytest.mark.parametrize("text", ["", "# mine\n", "---\nlicense: mit\n---\n# mine\n"])
@@ -216,15 +220,37 @@ def test_facts_of_a_folder_without_any(tmp_path: Path) -> None:
         facts_from_folder(tmp_path)
 
 
+def published_cards() -> dict[str, tuple[Path, Path]]:
+    """{name: (facts, card)}: a folder each, like that of a model without its weights."""
+    return {facts.parent.name: (facts, facts.parent / CARD_FILE) for facts in MODEL_CARDS.glob(f"*/{FACTS_FILE}")}
+
+
 def test_model_cards_are_rendered_from_their_facts() -> None:
-    cards = {path.stem for path in MODEL_CARDS.glob("*.md")} - {"README"}
-    facts = {path.stem for path in MODEL_CARDS.glob("*.json")}
-    assert cards == facts
-    for name in sorted(cards):
-        rendered = render_card(read_facts(MODEL_CARDS / f"{name}.json"))
-        assert (MODEL_CARDS / f"{name}.md").read_text(encoding="utf-8") == rendered, f"render {name}.md again"
+    cards = published_cards()
+    assert cards
+    assert set(MODEL_CARDS.rglob("*.md")) - {MODEL_CARDS / "README.md"} == {x for _, x in cards.values()}
+    for name, (facts, card) in cards.items():
+        assert card.read_text(encoding="utf-8") == render_card(read_facts(facts)), f"hf-sparse card model_cards/{name}"
+        pictures = {picture.file for picture in read_facts(facts).pictures}
+        assert {path.name for path in card.parent.iterdir()} == {FACTS_FILE, CARD_FILE, *pictures}
+
+
+def test_model_cards_are_listed_with_their_numbers() -> None:
+    expected = []
+    for name, (file, _) in sorted(published_cards().items()):
+        facts = read_facts(file)
+        metric, block, sparsity = facts.metrics[0], facts.block_shape, facts.sparsity_reached
+        assert block is not None and sparsity is not None
+        dense = GAP if metric.dense_value is None else score(metric.dense_value)
+        told = f"{metric.name or metric.type} {score(metric.value)}"
+        cells = (f"[{name}]({name}/{CARD_FILE})", facts.task, shape(block), percent(sparsity), told, dense)
+        expected.append(f"| {' | '.join(map(str, cells))} |")
+    lines = (MODEL_CARDS / CARD_FILE).read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if line.startswith("| [")] == expected
 
 
 def test_facts_file_is_plain_json(tmp_path: Path) -> None:
     write_card(tmp_path, FULL)
-    assert json.loads((tmp_path / FACTS_FILE).read_text()) == json.loads(FULL.to_json())
+    told = json.loads((tmp_path / FACTS_FILE).read_text())
+    assert [picture["file"] for picture in told.pop("pictures")] == ["training.png", "tradeoff.png"]
+    assert told == json.loads(FULL.to_json())

@@ -44,6 +44,8 @@ FULL = CardFacts(
     seed=0,
     versions={"torch": "2.13.0", "hf_sparse": "0.1.0"},
     limits=("English only.", "Never shown a <script>."),
+    history=({"step": 10, "loss": 1.5, "sparsity": 0.25, "eval_accuracy": 0.5},
+             {"step": 20, "loss": 0.75, "sparsity": 0.75, "eval_accuracy": 0.9125}),
 )  # fmt: skip
 
 
@@ -91,6 +93,12 @@ def test_layers_of_a_report_are_taken_as_they_are() -> None:
         (
             {"latency": [{"batch": 1, "length": 8, "ms": 0, "engine": "cpu", "hardware": "x", "command": "y"}]},
             r"latency\[0\]\.ms=0 must be above 0",
+        ),
+        ({"history": [{"step": 1}, {"loss": 0.5}]}, r"history\[1\] has no step"),
+        ({"history": [{"step": 1, "loss": float("nan")}]}, r"history\[0\]\.loss=nan must be finite"),
+        (
+            {"pictures": [{"file": "../x.png", "alt": "a"}]},
+            r"pictures\[0\]\.file='\.\./x\.png' must be the plain name",
         ),
         ({"auto_class": "Auto Model"}, "auto_class='Auto Model' must be the name of a class"),
     ],

@@ -6,28 +6,53 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from huggingface_hub import ModelCard
+from transformers import AutoModelForSequenceClassification, pipeline
 
 from hf_sparse import FormatError, SparseDistillConfig, SparseDistillTrainer
-from hf_sparse.hub.card import render_card
+from hf_sparse.hub.card import render_card, write_card
 from hf_sparse.hub.facts import FACTS_FILE, CardFacts
-from hf_sparse.hub.push import PushError, push_folder
-from tests.hub.conftest import pruned_bert
+from hf_sparse.hub.push import PushError, explained, push_folder
+from tests.hub.conftest import pruned_bert, save_tokenizer
 from tests.hub.loopback_hub import READ_TOKEN, WRITE_TOKEN, LoopbackHub
+from tests.hub.test_facts import FULL
 
 REPO = "tester/pruned"
 
 LOAD = """
 import sys, json, torch, hf_sparse
-from transformers import AutoModelForSequenceClassification
+from huggingface_hub import ModelCard
+from transformers import AutoModelForSequenceClassification, pipeline
 model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
 layer = model.bert.encoder.layer[0].output.dense
-print(json.dumps([type(layer).__name__, model(torch.arange(6).reshape(2, 3)).logits.tolist()]))
+with torch.no_grad():
+    print(json.dumps([type(layer).__name__, model(torch.arange(6).reshape(2, 3)).logits.tolist()]))
 """
+
+CLASSIFY = """
+import sys, json, hf_sparse
+from transformers import pipeline
+told = []
+for revision in (sys.argv[2], None):
+    classify = pipeline("text-classification", model=sys.argv[1], revision=revision)
+    layer = classify.model.bert.encoder.layer[0].output.dense
+    told.append([type(layer).__name__, classify("w3 w5 w7")[0]["score"]])
+print(json.dumps(told))
+"""
+
+
+def in_fresh_process(hub: LoopbackHub, home: Path, code: str, *arguments: str) -> list:
+    """What a program prints that knows nothing of this one, with an empty cache of its own."""
+    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": READ_TOKEN}
+    env.pop("HF_HUB_OFFLINE", None)
+    done = subprocess.run([sys.executable, "-c", code, *arguments], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def push(hub: LoopbackHub, folder: Path, repo: str = REPO, token: str = WRITE_TOKEN, **kwargs: object) -> str:
@@ -55,14 +80,67 @@ def test_push_uploads_everything_but_training_state_and_loads_by_repo_id(
     assert all(hashlib.sha256(data).hexdigest() == before[path] for path, data in files.items())
     assert hub.repos[REPO].branches["main"][-1].message == "first"
     assert digests(model_folder) == before
-    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": READ_TOKEN}
-    env.pop("HF_HUB_OFFLINE", None)
-    done = subprocess.run([sys.executable, "-c", LOAD, REPO], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    name, loaded = json.loads(done.stdout)
+    name, loaded = in_fresh_process(hub, tmp_path / "home", LOAD, REPO)
     assert name == "BlockSparseLinear"
     assert torch.equal(torch.tensor(loaded), logits(model_folder))
     assert hub.unhandled == []
+
+
+def test_pipeline_by_repo_id_in_a_fresh_process_and_an_older_revision(
+    hub: LoopbackHub, model_folder: Path, tmp_path: Path
+) -> None:
+    save_tokenizer(model_folder)
+    push(hub, model_folder)
+    assert {"tokenizer.json", "tokenizer_config.json"} <= set(hub.repos[REPO].files)
+    first = hub.repos[REPO].branches["main"][-1].oid
+    expected = pipeline("text-classification", model=str(model_folder))("w3 w5 w7")[0]["score"]
+    model = AutoModelForSequenceClassification.from_pretrained(model_folder)
+    with torch.no_grad():
+        model.classifier.bias.add_(torch.tensor([5.0, 0.0, 0.0]))
+    model.save_pretrained(model_folder)
+    push(hub, model_folder)
+    old, new = in_fresh_process(hub, tmp_path / "home", CLASSIFY, REPO, first)
+    assert old == ["BlockSparseLinear", pytest.approx(expected, abs=1e-6)]
+    assert new[1] > 0.9 > old[1]
+    assert hub.unhandled == []
+
+
+def test_card_pictures_and_results_are_published(hub: LoopbackHub, model_folder: Path) -> None:
+    write_card(model_folder, replace(FULL, repo_id=REPO))
+    (model_folder / "eval_results.json").write_text('{"eval_accuracy": 0.9125}')
+    push(hub, model_folder)
+    files = hub.repos[REPO].files
+    pictures = {"masks.png", "training.png", "tradeoff.png"}
+    assert set(files) == {
+        "README.md", "config.json", "model.safetensors", FACTS_FILE, "eval_results.json", *pictures,
+    }  # fmt: skip
+    for name in pictures:
+        assert files[name] == (model_folder / name).read_bytes()
+        assert f"]({name})" in files["README.md"].decode()
+    card = ModelCard(files["README.md"].decode())
+    assert [(x.metric_type, x.metric_value) for x in card.data.eval_results] == [("accuracy", 0.9125), ("f1", 0.5)]
+    assert card.data.base_model == "tester/tiny"
+
+
+def test_the_loopback_hub_refuses_a_card_that_the_hub_would_refuse(hub: LoopbackHub, model_folder: Path) -> None:
+    (model_folder / "README.md").write_text("---\nmodel-index:\n- name: x\n  results:\n  - task: {}\n---\n")
+    with pytest.raises((PushError, ValueError), match=r"model-index\[0\]\.results\[0\]"):
+        push(hub, model_folder)
+
+
+def test_push_to_hub_of_a_model_in_memory(hub: LoopbackHub, model_folder: Path, tmp_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(model_folder)
+    model.push_to_hub(REPO, token=WRITE_TOKEN, private=True)
+    assert hub.repos[REPO].private
+    stored = hub.repos[REPO].files["model.safetensors"]
+    assert len(stored) == (model_folder / "model.safetensors").stat().st_size
+    remote = {"cache_dir": tmp_path / "cache", "token": READ_TOKEN}
+    assert torch.equal(logits(REPO, **remote), logits(model_folder))
+    # A card that was published before stays.
+    write_card(model_folder, FULL)
+    push(hub, model_folder)
+    model.push_to_hub(REPO, token=WRITE_TOKEN)
+    assert hub.repos[REPO].files["README.md"] == (model_folder / "README.md").read_bytes()
 
 
 def test_the_trainer_pushes_model_card_and_facts(hub: LoopbackHub, tmp_path: Path) -> None:
@@ -76,7 +154,7 @@ def test_the_trainer_pushes_model_card_and_facts(hub: LoopbackHub, tmp_path: Pat
     trainer.train()
     trainer.push_to_hub(license="mit")
     files = hub.repos[REPO].files
-    assert {"config.json", "model.safetensors", "README.md", FACTS_FILE} <= set(files)
+    assert {"config.json", "model.safetensors", "README.md", FACTS_FILE, "masks.png"} <= set(files)
     facts = CardFacts.from_dict(json.loads(files[FACTS_FILE]))
     assert files["README.md"].decode() == render_card(facts)
     assert (facts.repo_id, facts.license, facts.sparsity_reached) == (REPO, "mit", 0.5)
@@ -157,6 +235,81 @@ def test_push_survives_a_server_that_stumbles(hub: LoopbackHub, model_folder: Pa
     assert hub.repos[REPO].files["README.md"] == b"# a second card\n"
 
 
+@pytest.mark.parametrize("status", [None, 500, 429])
+@pytest.mark.parametrize(
+    "pattern", ["POST /api/repos/create", "POST .*/branch/", "GET .*/tree/", "POST .*/preupload/", "POST .*/commit/"]
+)
+def test_push_goes_on_after_a_dropped_connection(
+    hub: LoopbackHub, model_folder: Path, pattern: str, status: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    hub.fail(pattern, status)
+    assert push(hub, model_folder, revision="v2") == f"{hub.url}/{REPO}/tree/v2"
+    assert hub.faults[0].times == 0
+    assert set(hub.repos[REPO].branches["v2"][-1].files) == {"README.md", "config.json", "model.safetensors"}
+
+
+def test_push_goes_on_in_the_middle_of_a_large_file(
+    hub: LoopbackHub, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    hub.lfs = True
+    hub.fail("POST .*/objects/batch", None)
+    hub.fail("PUT /_lfs/", None)
+    push(hub, model_folder)
+    assert [fault.times for fault in hub.faults] == [0, 0]
+    assert hub.repos[REPO].files["model.safetensors"] == (model_folder / "model.safetensors").read_bytes()
+
+
+def test_a_large_file_that_is_refused_is_not_sent_again_and_again(
+    hub: LoopbackHub, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    hub.lfs = True
+    hub.fail("PUT /_lfs/", 403, times=99)
+    with pytest.raises(PushError, match="the token may not write there"):
+        push(hub, model_folder)
+    assert sum(line.startswith("PUT /_lfs/") for line in hub.requests) == 1
+
+
+def test_an_error_of_this_machine_is_not_blamed_on_the_hub() -> None:
+    with pytest.raises(PermissionError, match="a local file"), explained(REPO):
+        raise PermissionError("a local file")
+    with pytest.raises(PushError, match="could not be reached, or the connection broke"), explained(REPO):
+        raise ConnectionResetError("reset by peer")
+
+
+def test_push_waits_for_slow_answers(hub: LoopbackHub, model_folder: Path) -> None:
+    hub.delay("POST .*/commit/", seconds=1.5)
+    hub.delay("POST .*/preupload/", seconds=0.5)
+    push(hub, model_folder)
+    assert [fault.times for fault in hub.faults] == [0, 0]
+    assert sum("/commit/" in line for line in hub.requests) == 1
+
+
+def test_a_pull_request_is_opened_once_however_often_the_upload_breaks(
+    hub: LoopbackHub, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    push(hub, model_folder)
+    (model_folder / "README.md").write_text("# a better card\n")
+    hub.fail("POST .*/preupload/", None, times=2)
+    hub.fail("POST .*/commit/", None, times=2)
+    assert push(hub, model_folder, create_pr=True) == f"{hub.url}/{REPO}/discussions/1"
+    assert len(hub.repos[REPO].pull_requests) == 1
+    assert hub.repos[REPO].branches["refs/pr/1"][-1].files["README.md"] == b"# a better card\n"
+
+
+def test_push_says_in_the_log_that_it_tries_again(
+    hub: LoopbackHub, model_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub.fail("POST /api/repos/create", 502)
+    with caplog.at_level("WARNING"):
+        push(hub, model_folder)
+    assert "trying again in 0 seconds" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("pattern", "status", "message"),
     [
@@ -204,6 +357,7 @@ def test_push_without_a_token(model_folder: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_push_where_nobody_listens(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_sparse.hub.push.WAITS", (0.0,))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{free.getsockname()[1]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from types import SimpleNamespace
 
 import pytest
@@ -135,6 +136,34 @@ def test_compare_models_fills_two_rows_per_input() -> None:
     assert rows[0]["block_shape"] is None and rows[0]["density"] == 1.0 and rows[0]["max_error"] == 0.0
     assert rows[1]["block_shape"] == [8, 1] and rows[1]["density"] == pytest.approx(kept / 64, abs=1e-6)
     assert 0.0 <= rows[1]["max_error"] < 1e-5
+
+
+def test_compare_models_beside_other_engines() -> None:
+    pruned, dense = pruned_toy(), decompress(pruned_toy())
+    inputs, done = token_inputs([1, 2], [6], 50), []
+
+    def slow(given: Mapping[str, Tensor]) -> Tensor:
+        time.sleep(0.02)
+        return dense(**given)[0]
+
+    rows = compare_models(
+        dense, pruned, inputs, seconds=0.0, rounds=3, others={"slow": slow}, advance=lambda: done.append(1)
+    )
+    assert [row["engine"] for row in rows] == ["dense", "slow", "hf_sparse"] * 2 and len(done) == 2
+    for torch_row, slow_row, ours in (rows[:3], rows[3:]):
+        assert torch_row["speedup"] == torch_row["speedup_eager"] == 1.0
+        assert slow_row["ms"] >= 20.0 and slow_row["speedup"] < 1.0 and slow_row["max_error"] == 0.0
+        assert slow_row["block_shape"] is None and slow_row["density"] == 1.0
+        # The best dense engine is torch here, as the other one sleeps.
+        assert ours["speedup"] == ours["speedup_eager"] == pytest.approx(torch_row["ms"] / ours["ms"], rel=0.05)
+
+
+def test_compare_models_times_no_engine_with_wrong_values() -> None:
+    dense = decompress(pruned_toy())
+    with pytest.raises(MismatchError, match="no speed is told"):
+        compare_models(
+            dense, pruned_toy(), token_inputs([1], [4], 50), others={"off": lambda given: dense(**given)[0] + 1.0}
+        )
 
 
 def test_compare_models_measures_the_error_against_the_reference_not_the_model_to_beat() -> None:

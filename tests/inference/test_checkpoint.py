@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from safetensors.torch import load_file, save_file
 
 from hf_sparse.core.packing import FormatError
 from hf_sparse.inference.checkpoint import CHECKSUM_KEY, VERSION_KEY, header_strings, read_headers
@@ -220,6 +221,16 @@ def test_a_flipped_bit(folder: Path) -> None:
 def test_moved_bits_of_the_same_number(folder: Path) -> None:
     edit_bitmap(folder, swap)
     refuses(folder, rf"{WEIGHTS}: the bitmaps have the checksum \w{{8}}, its header says \w{{8}}")
+
+
+def test_one_layer_under_two_names(folder: Path) -> None:
+    # With and without the prefix of the model, both would be read into one layer.
+    bare = LAYER.removeprefix("bert.")
+    tensors = load_file(folder / WEIGHTS)
+    again = {bare + key.removeprefix(LAYER): t.clone() for key, t in tensors.items() if key.startswith(LAYER)}
+    save_file({**tensors, **again}, folder / WEIGHTS, metadata={"format": "pt"})
+    edit_modules(folder, lambda modules: modules.update({bare: modules[LAYER]}))
+    refuses(folder, rf"the checkpoint holds {VALUES} twice, as ({VALUES}|{bare}.weight) and as ")
 
 
 def test_bits_beyond_the_grid(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_sparse.inference.environment import environment
+from hf_sparse.inference.environment import environment, native_kernels
+from hf_sparse.inference.kernels.library import Library, load_library
 
 
 def git(folder: Path, *arguments: str) -> None:
@@ -48,3 +49,36 @@ def test_a_machine_without_git_has_no_commit_to_tell(tmp_path: Path, monkeypatch
     git(tmp_path, "init", "-q")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert environment(tmp_path)["commit"] is None
+
+
+def library(handle: object, *isas: str) -> Library:
+    return Library(handle, isas, True, "so it is")  # type: ignore[arg-type]
+
+
+def test_every_instruction_set_has_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = "fpu fma avx2 avx512f avx512vl avx512bw avx512dq"
+    monkeypatch.setattr("hf_sparse.inference.environment._cpu_info", lambda field: flags)
+    monkeypatch.setattr("hf_sparse.inference.environment.load_library", lambda: library(object(), "portable", "avx2"))
+    sets = native_kernels()["instruction_sets"]
+    assert [name for name, isa in sets.items() if isa["live"]] == ["portable", "avx2"]
+    assert sets["avx2"]["reason"] == "the library and this CPU have it"
+    assert sets["avx512"]["reason"].startswith("the library was built without it")
+    assert sets["avx512bf16"]["reason"] == "this CPU lacks avx512_bf16"
+
+
+def test_without_a_library_nothing_is_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_sparse.inference.environment.load_library", lambda: library(None))
+    monkeypatch.setattr("hf_sparse.inference.kernels.library.load_library", lambda: library(None))
+    monkeypatch.setattr("hf_sparse.inference.environment.find_compiler", lambda: None)
+    found = native_kernels()
+    assert found["compiler"] is None and found["used"] == "the native CPU kernels are not live: so it is"
+    assert {isa["reason"] for isa in found["instruction_sets"].values()} == {"there is no library"}
+
+
+@pytest.mark.skipif(not load_library().isas, reason=load_library().reason)
+def test_the_forced_instruction_set_is_the_one_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native_kernels()["used"] == load_library().isas[-1]
+    monkeypatch.setenv("HF_SPARSE_ISA", "portable")
+    assert native_kernels()["used"] == "portable"
+    monkeypatch.setenv("HF_SPARSE_ISA", "mmx")
+    assert "HF_SPARSE_ISA='mmx' is not one of" in native_kernels()["used"]

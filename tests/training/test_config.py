@@ -23,7 +23,8 @@ DEFAULTS = {
     "sparsity_end": 0.6, "mask_updates": 100, "importance": "magnitude", "penalty_form": "loss",
     "penalty_reweights": 4, "penalty_epsilon": 1e-3, "task_weight": 0.5, "kd_weight": 0.5, "kd_temperature": 2.0,
     "hidden_weight": 0.0, "attention_weight": 0.0, "graft_start": 1.0, "graft_hold": 0.0, "graft_end": 0.8,
-    "preset": None, "save_format": "compressed",
+    "lr_restart": 0.0, "reset_optimizer": False, "train_only_layers": False, "preset": None,
+    "save_format": "compressed",
 }  # fmt: skip
 
 # A value that differs from the default, for every field, as one would type it.
@@ -33,7 +34,8 @@ OTHERS = {
     "sparsity_start": 0.1, "sparsity_end": 0.7, "mask_updates": 7, "importance": "magnitude", "penalty_weight": 0.25,
     "penalty_form": "proximal", "penalty_reweights": 2, "penalty_epsilon": 0.01, "task_weight": 0.75,
     "kd_weight": 0.25, "kd_temperature": 4.0, "hidden_weight": 1.5, "attention_weight": 2.5, "graft_start": 0.5,
-    "graft_hold": 0.25, "graft_end": 0.75, "preset": "spd", "save_format": "dense",
+    "graft_hold": 0.25, "graft_end": 0.75, "lr_restart": 0.6, "reset_optimizer": True, "train_only_layers": True,
+    "preset": "spd", "save_format": "dense",
 }  # fmt: skip
 
 
@@ -123,6 +125,8 @@ def test_overrides_may_be_an_object_in_a_file() -> None:
         ("block_height", 2.0, r"block_height=2\.0 is not a block size"),
         ("block_width", -2, r"block_width=-2 is not a block size"),
         ("block_width", True, r"block_width=True is not a block size"),
+        ("lr_restart", 1.0, r"lr_restart=1\.0 must be a number in \[0, 1\)"),
+        ("reset_optimizer", True, r"reset_optimizer=True has no effect with lr_restart=0"),
         ("sparsity_scope", "model", r"sparsity_scope='model' is not known: use one of \['layer', 'global'\]"),
         ("sparsity_schedule", "cosine", r"sparsity_schedule='cosine'.*'cubic', 'linear', 'one_shot'"),
         ("importance", "random", r"importance='random' is not known: use one of .*'magnitude'"),
@@ -210,7 +214,9 @@ def test_a_given_value_overrides_a_preset_even_when_it_is_the_default(preset: st
 
 
 def _companions(preset: str, field: str) -> dict[str, Any]:
-    # Two fields whose default would come to lie after another one of the preset.
+    # Fields whose default would come to lie after another one of the preset, or leave it without effect.
+    if (preset, field) == ("block_structured", "lr_restart"):
+        return {"reset_optimizer": False}
     return {"graft_hold": 0.0} if (preset, field) == ("spd", "graft_end") else {}
 
 

@@ -165,6 +165,29 @@ class Watch(TrainerCallback):
         return call
 
 
+class Recorder(SparseDistillTrainer):
+    """Keeps every batch and loss, the weights after every step, and the steps with new coefficients."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.losses: list[float] = []
+        self.after: list[dict[str, Tensor]] = []
+        self.batches: list[dict[str, Tensor]] = []
+        self.renewals: list[int] = []
+        self.add_callback(Watch(on_step_end=lambda state: self.after.append(weights_of(self.student))))
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        self.batches.append(dict(inputs))
+        if self.plan.update_coefs:
+            self.renewals.append(self.plan.step)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.losses.append(loss.item())
+        return loss
+
+
 def gradients_of(trainer: Any) -> list[dict[str, Tensor]]:
     """Train, and give the gradients that each optimizer step saw: {parameter name: gradient}."""
     seen: list[dict[str, Tensor]] = []

@@ -17,7 +17,7 @@ from torch import Tensor
 from hf_sparse.inference.kernels.reference import activate
 from hf_sparse.inference.kernels.registry import BlockIndex, LayerSpec, register
 
-# Microseconds of one thread, fitted to what benchmarks/linear.py measures: a dense call, a weight read, a call, a
+# Microseconds of one thread, fitted to what benchmarks/cpu.py linear measures: a dense call, a weight read, a call, a
 # group, a gathered input, an output, and the arithmetic of one weight for one token. Ratios carry over to other
 # machines better than the numbers themselves, so a win has to be clear.
 _DENSE_CALL, _DENSE_WEIGHT, _CALL, _GROUP = 8.0, 1.2e-4, 20.0, 50.0

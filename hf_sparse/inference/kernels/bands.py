@@ -7,8 +7,10 @@ Kernels that multiply pairs of bfloat16 take two columns per step: neighbours 2c
 couples of any two, with a weight of zero to fill up a band of odd length. Row segments 1 x w are vectors as they
 stand: a step is as many of their columns as fill a register.
 
+Matrix tiles multiply 16 pairs at once: a band of pairs is laid out for them in chunks, a second time.
+
 Shape letters: O, I out and in features; h, w block height and width; R bands; N kept blocks; K = N * w kept columns;
-S steps; V columns of a segment step.
+S steps; V columns of a segment step; C chunks.
 """
 
 from __future__ import annotations
@@ -22,6 +24,22 @@ from hf_sparse.core.packing import FormatError
 from hf_sparse.inference.kernels.registry import BlockIndex
 
 MAX_INDEX = 2**31 - 1
+CHUNK = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Chunks:
+    """Pairs in chunks of 16; a chunk that a band does not fill repeats its last columns, with weights of zero.
+
+    Attributes:
+        values: [C, h, 16, 2] bfloat16.
+        start: [R + 1] int32; band r takes the chunks start[r] to start[r + 1].
+        column: [C, 16] int32, half the first column of each pair; [C, 16, 2] for couples.
+    """
+
+    values: Tensor
+    start: Tensor
+    column: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,11 +51,13 @@ class Bands:
         band_start: [R + 1] int32; band r takes the steps band_start[r] to band_start[r + 1].
         column: [S] int32, the column of each step, the first one for segments, half the first for neighbours; [S, 2]
             for couples.
+        chunks: the same for matrix tiles; None where there is no need.
     """
 
     values: Tensor
     band_start: Tensor
     column: Tensor
+    chunks: Chunks | None = None
 
     @property
     def kind(self) -> str:
@@ -88,6 +108,26 @@ def to_bands(values: Tensor, index: BlockIndex, *, lanes: int = 0, pairs: bool =
         packed = halves.unflatten(2, (width // 2, 2)).transpose(1, 2).reshape(-1, height, 2).contiguous()
         return Bands(packed, _starts(counts * (width // 2)), _columns(index.cols, width // 2))
     return _couples(halves.transpose(1, 2).reshape(-1, height), counts * width, _columns(index.cols, width))
+
+
+def to_chunks(bands: Bands) -> Chunks:
+    """Lay pairs out for matrix tiles.
+
+    Args:
+        bands: of kind "neighbours" or "couples".
+    """
+    first, counts = bands.band_start[:-1].long(), bands.band_start.diff().long()
+    start = _starts((counts + CHUNK - 1) // CHUNK)
+    band = torch.repeat_interleave(torch.arange(counts.numel()), CHUNK * start.diff())
+    step = first[band] + torch.arange(band.numel()) - CHUNK * start.long()[band]
+    last = (first + counts - 1)[band]
+    real, chunks = torch.minimum(step, last), int(start[-1])
+    values = bands.values[real].masked_fill((step > last)[:, None, None], 0)
+    return Chunks(
+        values=values.unflatten(0, (chunks, CHUNK)).transpose(1, 2).contiguous(),
+        start=start,
+        column=bands.column[real].unflatten(0, (chunks, CHUNK)),
+    )
 
 
 def _couples(values: Tensor, counts: Tensor, column: Tensor) -> Bands:

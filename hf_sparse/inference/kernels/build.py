@@ -28,7 +28,9 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     AVX512 = ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"]
     INSTRUCTION_SETS["avx2"] = (8, ["-mavx2", "-mfma"])
     INSTRUCTION_SETS["avx512"] = (16, AVX512)
-    INSTRUCTION_SETS["avx512bf16"] = (16, [*AVX512, "-mavx512bf16", "-DHFS_PAIRS"])
+    PAIRS = [*AVX512, "-mavx512bf16", "-DHFS_PAIRS"]
+    INSTRUCTION_SETS["avx512bf16"] = (16, PAIRS)
+    INSTRUCTION_SETS["amx"] = (16, [*PAIRS, "-mamx-tile", "-mamx-bf16", "-DHFS_TILES"])
 
 COMMON_FLAGS = [
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-Wall", "-Wextra"),

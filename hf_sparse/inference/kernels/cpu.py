@@ -7,23 +7,19 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from hf_sparse.core.packing import FormatError
 from hf_sparse.inference.kernels import library
-from hf_sparse.inference.kernels.bands import MAX_INDEX, Bands, to_bands
+from hf_sparse.inference.kernels.bands import CHUNK, MAX_INDEX, Bands, Chunks, to_bands, to_chunks
+from hf_sparse.inference.kernels.cpu_limits import density_limit
 from hf_sparse.inference.kernels.registry import BlockIndex, LayerSpec, register
 
-PAIRS_ISA = "avx512bf16"
-
-# CPUs with matrix tiles multiply dense bfloat16 several times faster than with vectors. By their data sheets, not
-# measured: 8 times at peak, of which about half is reached.
-_AMX_DISCOUNT = 0.25
+PAIRS_ISAS = ("avx512bf16", "amx")
+TILES_ISA = "amx"
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,12 +45,6 @@ class CpuWeight:
     struct: library.Weight
     address: int
     linear: Callable[..., int]
-
-
-@cache
-def _has_amx() -> bool:
-    info = Path("/proc/cpuinfo")
-    return info.is_file() and " amx_bf16" in info.read_text(encoding="utf-8")
 
 
 def status() -> tuple[bool, str, str]:
@@ -95,15 +85,8 @@ class CpuBackend:
 
     def wins(self, spec: LayerSpec) -> bool:
         """Where it is measured to be at least as fast as dense for any number of tokens."""
-        height, width = spec.layer.block_shape
-        if height == 1:
-            # Nothing that is loaded serves two rows; long rows of x do not stay in the first-level cache, either.
-            limit = 0.5 if width % 4 == 0 and spec.layer.dense_shape[1] <= 1024 else 0.25
-        else:
-            limit = 0.5 if height < 4 else 0.7
-        if spec.dtype == torch.bfloat16 and _has_amx():
-            limit *= _AMX_DISCOUNT
-        return spec.density <= limit
+        tiles = (self._isa or library.choose_isa()) == TILES_ISA
+        return spec.density <= density_limit(spec, tiles)
 
     def prepare(self, values: Tensor, index: BlockIndex) -> CpuWeight:
         """Lay the blocks out in bands.
@@ -113,8 +96,10 @@ class CpuBackend:
             ValueError: if the library is not live or lacks the instruction set.
         """
         isa = self._isa or library.choose_isa()
-        pairs = values.dtype == torch.bfloat16 and isa == PAIRS_ISA
+        pairs = values.dtype == torch.bfloat16 and isa in PAIRS_ISAS
         bands = to_bands(values, index, lanes=library.LANES[isa], pairs=pairs)
+        if isa == TILES_ISA and bands.kind in ("neighbours", "couples"):
+            bands = replace(bands, chunks=to_chunks(bands))
         return check_bands(bands, in_features=index.layer.dense_shape[1], dtype=values.dtype, isa=isa, form=self._form)
 
     def run(self, x: Tensor, state: CpuWeight, bias: Tensor | None, activation: str | None) -> Tensor:
@@ -126,9 +111,10 @@ class CpuBackend:
         """
         # Tracers must see one op; without one, calling the library directly saves the dispatcher's time.
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) not in (Tensor, torch.nn.Parameter):
-            bands = state.bands
+            bands, chunks = state.bands, state.bands.chunks
+            tiles = [] if chunks is None else [chunks.values, chunks.start, chunks.column]
             return torch.ops.hf_sparse.cpu_linear(
-                x, bands.values, bands.band_start, bands.column, bias, activation, state.isa
+                x, bands.values, bands.band_start, bands.column, tiles, bias, activation, state.isa
             )
         return _call(x, state, bias, activation)
 
@@ -150,12 +136,19 @@ def check_bands(bands: Bands, *, in_features: int, dtype: torch.dtype, isa: str,
     handle = library.load_library().handle
     if handle is None:
         raise ValueError(f"the cpu backend cannot be used: {library.load_library().reason}")
-    pairs = bands.values.dtype == torch.bfloat16
-    for name, tensor, kinds, dims in (
+    pairs, chunks = bands.values.dtype == torch.bfloat16, bands.chunks
+    tensors: list[tuple[str, Tensor, tuple[torch.dtype, ...], tuple[int, ...]]] = [
         ("values", bands.values, (torch.float32, torch.bfloat16), (3,) if pairs else (2, 3)),
         ("band_start", bands.band_start, (torch.int32,), (1,)),
         ("column", bands.column, (torch.int32,), (1, 2) if pairs else (1,)),
-    ):
+    ]
+    if chunks is not None:
+        tensors += [
+            ("chunk values", chunks.values, (torch.bfloat16,), (4,)),
+            ("chunk start", chunks.start, (torch.int32,), (1,)),
+            ("chunk column", chunks.column, (torch.int32,), (2, 3)),
+        ]
+    for name, tensor, kinds, dims in tensors:
         if tensor.dtype not in kinds or tensor.ndim not in dims or not tensor.is_cpu or not tensor.is_contiguous():
             raise FormatError(
                 f"{name} must be a contiguous CPU tensor of {' or '.join(map(str, dims))} dimensions and type "
@@ -168,6 +161,19 @@ def check_bands(bands: Bands, *, in_features: int, dtype: torch.dtype, isa: str,
             f"values {list(bands.values.shape)}, band_start {list(bands.band_start.shape)} and column "
             f"{list(bands.column.shape)} do not belong together."
         )
+    if chunks is not None:
+        number = chunks.values.shape[0]
+        if (
+            chunks.values.shape[1:] != (height, CHUNK, 2)
+            or chunks.start.shape != bands.band_start.shape
+            or chunks.column.shape != (number, CHUNK, *bands.column.shape[1:])
+            or (chunks.start.numel() and int(chunks.start[-1]) != number)
+        ):
+            raise FormatError(
+                f"chunks of values {list(chunks.values.shape)}, start {list(chunks.start.shape)} and column "
+                f"{list(chunks.column.shape)} do not belong to values {list(bands.values.shape)} and column "
+                f"{list(bands.column.shape)}."
+            )
     struct = library.Weight(
         out_features=rows,
         in_features=in_features,
@@ -181,6 +187,9 @@ def check_bands(bands: Bands, *, in_features: int, dtype: torch.dtype, isa: str,
         dtype=library.DTYPES[dtype],
         isa=library.ISAS.index(isa),
         form=library.FORMS[form],
+        chunk_start=None if chunks is None else chunks.start.data_ptr(),
+        chunk_column=None if chunks is None else chunks.column.data_ptr(),
+        chunk_values=None if chunks is None else chunks.values.data_ptr(),
     )
     address = ctypes.addressof(struct)
     if code := handle.hfs_check(address):
@@ -231,8 +240,8 @@ def _checked_bias(bias: Tensor, weight: CpuWeight) -> Tensor:
 
 _OPS = torch.library.Library("hf_sparse", "FRAGMENT")
 _OPS.define(
-    "cpu_linear(Tensor x, Tensor values, Tensor band_start, Tensor column, Tensor? bias, str? activation, str isa) "
-    "-> Tensor"
+    "cpu_linear(Tensor x, Tensor values, Tensor band_start, Tensor column, Tensor[] chunks, Tensor? bias, "
+    "str? activation, str isa) -> Tensor"
 )
 
 
@@ -241,11 +250,12 @@ def _cpu_linear(
     values: Tensor,
     band_start: Tensor,
     column: Tensor,
+    chunks: list[Tensor],
     bias: Tensor | None,
     activation: str | None,
     isa: str,
 ) -> Tensor:
-    bands = Bands(values, band_start, column)
+    bands = Bands(values, band_start, column, Chunks(*chunks) if chunks else None)
     weight = check_bands(bands, in_features=x.shape[1], dtype=x.dtype, isa=isa)
     return _call(x, weight, bias, activation)
 
@@ -255,6 +265,7 @@ def _cpu_linear_fake(
     values: Tensor,
     band_start: Tensor,
     column: Tensor,
+    chunks: list[Tensor],
     bias: Tensor | None,
     activation: str | None,
     isa: str,

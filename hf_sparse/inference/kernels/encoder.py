@@ -8,7 +8,8 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +17,18 @@ from torch import Tensor
 from hf_sparse.core.blocks import to_blocks
 from hf_sparse.core.packing import FormatError, LayerFormat
 from hf_sparse.inference.kernels import library
-from hf_sparse.inference.kernels.bands import to_bands
-from hf_sparse.inference.kernels.cpu import PAIRS_ISA, CpuWeight, check_bands
+from hf_sparse.inference.kernels.bands import to_bands, to_chunks
+from hf_sparse.inference.kernels.cpu import PAIRS_ISAS, TILES_ISA, CpuWeight, check_bands
+from hf_sparse.inference.kernels.reference import to_dense
 from hf_sparse.inference.kernels.registry import BlockIndex
 
 ALL_MASKED = 5
+# A linear that keeps more than this runs faster as a dense one, by the least height of its blocks: float32 and pairs
+# in vectors, and pairs in matrix tiles, where it is less for odd widths. Measured on encoders of MiniLM's size.
+_DENSE_FROM = {8: 1.0, 4: 0.95, 2: 0.85, 1: 0.6}
+_TILES_DENSE_FROM = {16: 0.9, 8: 0.7, 4: 0.35, 2: 0.2, 1: 0.1}
+_TILES_ODD_WIDTH = 0.75
+TILES_HEIGHT = 4  # lower bands do not fill enough of a matrix tile
 HEAD_FEATURES = 8  # the size of a head is a multiple of this
 
 
@@ -75,6 +83,20 @@ class LinearParts:
         index = BlockIndex(layer=layer, rows=every, cols=torch.zeros_like(every))
         return cls(to_blocks(weight.detach(), shape)[:, 0], index, bias)
 
+    def as_it_pays(self, isa: str) -> LinearParts:
+        """Give the same linear as the kernels compute it fastest: as it is, or as a dense one."""
+        layer = self.index.layer
+        height, width = layer.block_shape
+        tiles = isa == TILES_ISA and self.values.dtype == torch.bfloat16
+        limit = next(
+            limit for least, limit in (_TILES_DENSE_FROM if tiles else _DENSE_FROM).items() if height >= least
+        )
+        if tiles and width % 2:
+            limit *= _TILES_ODD_WIDTH
+        if layer.kept <= limit * layer.num_blocks:
+            return self
+        return LinearParts.from_dense(to_dense(self.values, self.index), self.bias)
+
 
 @dataclass(frozen=True, eq=False)
 class LayerParts:
@@ -125,11 +147,15 @@ class NativeEncoder:
 
     def __init__(self, layers: Sequence[LayerParts], shape: EncoderShape, isa: str | None = None) -> None:
         self.dtype = layers[0].linears[0].values.dtype
-        heights = [p.index.layer.block_shape[0] for layer in layers for p in layer.linears]
+        dtypes = {p.values.dtype for layer in layers for p in layer.linears}
+        if len(dtypes) > 1:
+            raise FormatError(f"weights must be of one dtype, found {', '.join(sorted(map(str, dtypes)))}.")
         isa = isa or library.choose_isa()
+        layers = [LayerParts(tuple(p.as_it_pays(isa) for p in layer.linears), layer.norms) for layer in layers]
+        heights = [p.index.layer.block_shape[0] for layer in layers for p in layer.linears]
         # Pairs are made of two rows; rows that come singly are computed in float32.
-        pairs = self.dtype == torch.bfloat16 and isa == PAIRS_ISA and all(h % 2 == 0 for h in heights)
-        if isa == PAIRS_ISA and not pairs:
+        pairs = self.dtype == torch.bfloat16 and isa in PAIRS_ISAS and all(h % 2 == 0 for h in heights)
+        if isa in PAIRS_ISAS and not pairs:
             isa = "avx512"
         self.isa = isa
         self.hidden = layers[0].linears[0].index.layer.dense_shape[1]
@@ -139,6 +165,8 @@ class NativeEncoder:
         for struct, layer in zip(structs, layers, strict=True):
             for i, part in enumerate(layer.linears):
                 bands = to_bands(part.values, part.index, pairs=pairs)
+                if isa == TILES_ISA and part.index.layer.block_shape[0] >= TILES_HEIGHT:
+                    bands = replace(bands, chunks=to_chunks(bands))
                 weight = check_bands(bands, in_features=part.index.layer.dense_shape[1], dtype=self.dtype, isa=isa)
                 self._weights.append(weight)
                 struct.weight[i] = weight.address
@@ -160,8 +188,7 @@ class NativeEncoder:
             dtype=library.DTYPES[self.dtype],
             isa=library.ISAS.index(isa),
         )
-        handle = library.load_library().handle
-        assert handle is not None  # choose_isa raised otherwise
+        handle: Any = library.load_library().handle
         pointer, size = ctypes.c_void_p, ctypes.c_int64
         handle.hfs_encoder_check.argtypes = [pointer]
         handle.hfs_encoder_run.argtypes = [pointer, pointer, pointer, size, size, pointer, pointer, ctypes.c_int]
@@ -218,8 +245,13 @@ class NativeEncoder:
                 f"mask must be contiguous float32 [{batch}, {length}], found {mask.dtype} {list(mask.shape)}."
             )
         padded = length + -length % 16
-        if bias is not None and bias.shape != (self._struct.heads, padded, padded):
-            raise ValueError(f"bias must be [{self._struct.heads}, {padded}, {padded}], found {list(bias.shape)}.")
+        square = (self._struct.heads, padded, padded)
+        if bias is not None and (
+            bias.shape != square or bias.dtype != torch.float32 or not bias.is_contiguous() or not bias.is_cpu
+        ):
+            raise ValueError(
+                f"bias must be what pad_bias gives, {list(square)}, found {bias.dtype} {list(bias.shape)}."
+            )
         y = torch.empty_like(x)
         code = self._run(
             self._address,

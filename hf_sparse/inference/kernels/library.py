@@ -17,9 +17,9 @@ LIBRARY = Path(__file__).parent / "_native.so"
 ENV_ISA = "HF_SPARSE_ISA"
 
 # Mirrors of native/hf_sparse_kernels.h; HFS_ABI changes with it.
-ABI = 1
-ISAS = ("portable", "avx2", "avx512", "avx512bf16")
-LANES = {"portable": 4, "avx2": 8, "avx512": 16, "avx512bf16": 16}
+ABI = 2
+ISAS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
+LANES = {"portable": 4, "avx2": 8, "avx512": 16, "avx512bf16": 16, "amx": 16}
 ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "relu": 4}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 KINDS = {"single": 0, "neighbours": 1, "couples": 2, "segments": 3}
@@ -48,6 +48,9 @@ class Weight(ctypes.Structure):
         ("dtype", ctypes.c_int32),
         ("isa", ctypes.c_int32),
         ("form", ctypes.c_int32),
+        ("chunk_start", ctypes.c_void_p),
+        ("chunk_column", ctypes.c_void_p),
+        ("chunk_values", ctypes.c_void_p),
     ]
 
 
@@ -107,6 +110,15 @@ def _load(path: Path) -> Library:
             (),
             False,
             f"{path.name} is of ABI {handle.hfs_abi()}, not {ABI}; run pip install again to rebuild it.",
+        )
+    handle.hfs_weight_size.restype = ctypes.c_int64
+    if handle.hfs_weight_size() != ctypes.sizeof(Weight):
+        return Library(
+            None,
+            (),
+            False,
+            f"{path.name} has weights of {handle.hfs_weight_size()} bytes, not {ctypes.sizeof(Weight)}; run pip "
+            "install again to rebuild it.",
         )
     handle.hfs_check.argtypes = [ctypes.c_void_p]
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse.core.packing import FormatError, LayerFormat
-from hf_sparse.inference.kernels.bands import Bands, to_bands
+from hf_sparse.inference.kernels.bands import CHUNK, Bands, to_bands, to_chunks
 from hf_sparse.inference.kernels.reference import to_dense
 from hf_sparse.inference.kernels.registry import BlockIndex
 from tests.inference.kernels.conftest import random_layer
@@ -53,6 +53,32 @@ def test_bands_hold_the_weight(dense_shape: tuple[int, int], block_shape: tuple[
         kept = values.shape[0] * block_shape[1]
         assert single.values.shape == (kept, block_shape[0])
         assert kept <= 2 * pairs.values.shape[0] <= kept + index.layer.grid[0]
+
+
+@pytest.mark.parametrize("density", [0.0, 0.15, 0.5, 1.0])
+@pytest.mark.parametrize(
+    ("dense_shape", "block_shape"),
+    [((24, 66), (8, 1)), ((24, 66), (8, 2)), ((3, 65), (1, 5)), ((64, 64), (32, 32)), ((1, 1), (1, 1))],
+)
+def test_chunks_are_the_bands_filled_up(
+    dense_shape: tuple[int, int], block_shape: tuple[int, int], density: float
+) -> None:
+    values, index = random_layer(dense_shape, block_shape, density, seed=0, dtype=torch.bfloat16)
+    bands = to_bands(values, index, pairs=True)
+    chunks = to_chunks(bands)
+    steps = bands.band_start.diff()
+    assert torch.equal(chunks.start.diff(), (steps + CHUNK - 1) // CHUNK) and int(chunks.start[0]) == 0
+    filled = Bands(
+        chunks.values.transpose(1, 2).reshape(-1, block_shape[0], 2),
+        chunks.start * CHUNK,
+        chunks.column.flatten(0, 1),
+    )
+    assert torch.equal(decode(filled, dense_shape), to_dense(values, index).float())
+    for band, (first, last) in enumerate(zip(bands.band_start[:-1], bands.band_start[1:], strict=True)):
+        kept = bands.column[first:last]
+        held = filled.column[int(filled.band_start[band]) : int(filled.band_start[band + 1])]
+        assert torch.equal(held[: len(kept)], kept)
+        assert bool((held[len(kept) :] == kept[-1:]).all()), "a chunk reads a column that its band does not keep"
 
 
 @pytest.mark.parametrize(("width", "lanes", "step"), [(4, 16, 4), (8, 4, 4), (24, 8, 8), (24, 16, 8), (32, 16, 16)])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse.core.packing import FormatError, LayerFormat
-from hf_sparse.inference.kernels import block_sparse_linear, cpu, library
+from hf_sparse.inference.kernels import block_sparse_linear, cpu_limits, library
 from hf_sparse.inference.kernels.bands import Bands
 from hf_sparse.inference.kernels.cpu import CpuBackend, CpuWeight, check_bands, status
 from hf_sparse.inference.kernels.reference import activate, to_dense
@@ -240,28 +240,47 @@ def test_supports_says_why_not() -> None:
             raise ValueError(found)
 
 
+def _wins(block: tuple[int, int], shape: tuple[int, int], density: float, dtype: torch.dtype, isa: str) -> bool:
+    kept = int(density * (shape[0] // block[0]) * (shape[1] // block[1]))
+    layer = LayerFormat(block_shape=block, kept=kept, dense_shape=shape)
+    return CpuBackend(isa).wins(LayerSpec(layer=layer, device=torch.device("cpu"), dtype=dtype))
+
+
 @pytest.mark.parametrize(
     ("block", "shape", "at_most"),
     [
-        *(((8, 1), (64, 64), 0.7), ((32, 32), (640, 640), 0.7), ((2, 1), (64, 64), 0.5), ((1, 1), (64, 64), 0.25)),
-        *(((1, 8), (64, 64), 0.5), ((1, 6), (64, 66), 0.25), ((1, 8), (64, 2048), 0.25)),
+        *(((8, 1), (64, 64), 0.7), ((8, 2), (64, 64), 0.7), ((32, 32), (1280, 1280), 0.5), ((4, 1), (64, 64), 0.5)),
+        *(((2, 1), (64, 64), 0.4), ((1, 1), (64, 64), 0.2)),
+        *(((1, 8), (64, 64), 0.35), ((1, 6), (64, 66), 0.2), ((1, 8), (64, 2048), 0.25)),
     ],
 )
 def test_wins_up_to_a_density(
     block: tuple[int, int], shape: tuple[int, int], at_most: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    blocks = shape[0] // block[0] * (shape[1] // block[1])
+    # Dense layers of bfloat16 are faster with matrix tiles, whether we have them or not.
+    for amx in (False, True):
+        monkeypatch.setattr(cpu_limits, "has_amx", lambda amx=amx: amx)
+        for dtype in (torch.float32, torch.bfloat16):
+            limit = 0.05 if amx and dtype == torch.bfloat16 else at_most
+            assert _wins(block, shape, limit, dtype, "avx512bf16")
+            assert not _wins(block, shape, limit + 0.02, dtype, "avx512bf16")
+        assert _wins(block, shape, at_most, torch.float32, "amx")
 
-    def wins(density: float, dtype: torch.dtype) -> bool:
-        layer = LayerFormat(block_shape=block, kept=round(density * blocks), dense_shape=shape)
-        return CpuBackend().wins(LayerSpec(layer=layer, device=torch.device("cpu"), dtype=dtype))
 
-    monkeypatch.setattr(cpu, "_has_amx", lambda: False)
-    assert wins(at_most, torch.float32) and wins(at_most, torch.bfloat16)
-    assert not wins(at_most + 0.26, torch.float32)
-    monkeypatch.setattr(cpu, "_has_amx", lambda: True)
-    assert wins(at_most, torch.float32) and not wins(at_most, torch.bfloat16)
-    assert wins(0.0, torch.bfloat16)
+@pytest.mark.parametrize(
+    ("block", "shape", "at_most"),
+    [
+        *(((32, 2), (768, 768), 0.474), ((16, 16), (768, 768), 0.381), ((8, 2), (768, 768), 0.237)),
+        *(((8, 1), (768, 768), 0.143), ((4, 2), (768, 768), 0.114), ((1, 8), (768, 768), 0.028)),
+        *(((8, 2), (384, 384), 0.129), ((8, 2), (3072, 768), 0.277), ((8, 2), (64, 64), 0.0)),
+    ],
+)
+def test_matrix_tiles_win_up_to_a_density(
+    block: tuple[int, int], shape: tuple[int, int], at_most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_limits, "has_amx", lambda: True)
+    assert _wins(block, shape, at_most, torch.bfloat16, "amx")
+    assert not _wins(block, shape, at_most + 0.01, torch.bfloat16, "amx")
 
 
 def test_wrong_calls_are_refused() -> None:

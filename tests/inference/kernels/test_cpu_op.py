@@ -7,11 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.core.packing import FormatError
+from hf_sparse.inference.kernels.bands import Bands
 from hf_sparse.inference.kernels.cpu import CpuBackend
 from hf_sparse.inference.kernels.reference import activate, to_dense
 from tests.inference.kernels.conftest import random_layer
 
 pytestmark = pytest.mark.usefixtures("native_library")
+
+
+TOLERANCE = {torch.float32: {}, torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2}}
 
 
 class Layer(nn.Module):
@@ -31,6 +35,11 @@ class Layer(nn.Module):
         return activate(nn.functional.linear(x, to_dense(self.values, self.index), self.bias), self.activation)
 
 
+def _chunks(bands: Bands) -> list[Tensor]:
+    chunks = bands.chunks
+    return [] if chunks is None else [chunks.values, chunks.start, chunks.column]
+
+
 def _nodes(graph: torch.fx.Graph) -> list[str]:
     return [str(node.target) for node in graph.nodes if node.op == "call_function"]
 
@@ -42,12 +51,22 @@ def test_opcheck(dtype: torch.dtype, bias: bool) -> None:
     state = layer.state
     x = torch.randn(3, 20).to(dtype)
     bands = state.bands
-    args = (x, bands.values, bands.band_start, bands.column, layer.bias if bias else None, "relu", state.isa)
+    args = (
+        x,
+        bands.values,
+        bands.band_start,
+        bands.column,
+        _chunks(bands),
+        layer.bias if bias else None,
+        "relu",
+        state.isa,
+    )
     torch.library.opcheck(torch.ops.hf_sparse.cpu_linear.default, args)
 
 
-def test_compile_sees_one_op_for_any_number_of_tokens() -> None:
-    layer, graphs = Layer(), []
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_compile_sees_one_op_for_any_number_of_tokens(dtype: torch.dtype) -> None:
+    layer, graphs = Layer(dtype), []
 
     def backend(module: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
         graphs.append(_nodes(module.graph))
@@ -56,8 +75,8 @@ def test_compile_sees_one_op_for_any_number_of_tokens() -> None:
     compiled = torch.compile(layer, backend=backend, fullgraph=True, dynamic=True)
     with torch.no_grad():
         for tokens in (5, 17, 64):
-            x = torch.randn(tokens, 20)
-            torch.testing.assert_close(compiled(x), layer.expected(x))
+            x = torch.randn(tokens, 20).to(dtype)
+            torch.testing.assert_close(compiled(x), layer.expected(x), **TOLERANCE[dtype])
     assert graphs == [["hf_sparse.cpu_linear"]]
 
 
@@ -84,5 +103,5 @@ def test_the_op_checks_its_index() -> None:
     column[3] = 20
     with pytest.raises(FormatError, match="the index points outside the weight"):
         torch.ops.hf_sparse.cpu_linear(
-            torch.randn(2, 20), bands.values, bands.band_start, column, None, None, state.isa
+            torch.randn(2, 20), bands.values, bands.band_start, column, [], None, None, state.isa
         )

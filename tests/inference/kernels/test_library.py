@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import subprocess
 import sys
@@ -43,6 +44,17 @@ def test_a_library_from_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(library, "ABI", 0)
     loaded = library._load(library.LIBRARY)
     assert loaded.handle is None and "not 0; run pip install again" in loaded.reason
+
+
+@pytest.mark.usefixtures("native_library")
+def test_a_library_with_another_struct_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Longer(library.Weight):
+        _fields_ = [("more", ctypes.c_int64)]
+
+    monkeypatch.setattr(library, "Weight", Longer)
+    loaded = library._load(library.LIBRARY)
+    assert loaded.handle is None
+    assert f"has weights of {ctypes.sizeof(Longer) - 8} bytes, not {ctypes.sizeof(Longer)}" in loaded.reason
 
 
 @pytest.mark.usefixtures("native_library")

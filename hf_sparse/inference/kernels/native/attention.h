@@ -15,10 +15,14 @@ constexpr float MASKED = -1e30f;     // a key that nobody sees: exp underflows t
 // 2^x for x <= 0; relative error 2e-7 with 6 terms, 4e-6 with 4, which is far below the rounding of bfloat16.
 template <int W, int TERMS>
 HFS_INLINE Vec<W> exp2_negative(Vec<W> x) {
-    x = x < -126.0f ? splat<W>(-126.0f) : x;
+#if defined(__AVX512F__)
+    static_assert(W == 16, "a full register");
+    const Vec<W> n = (Vec<W>)_mm512_roundscale_ps((__m512)x, 0), r = x - n;
+#else
+    x = x < -100.0f ? splat<W>(-100.0f) : x;  // what is smaller would make denormal products, which take long
     const float round = 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
-    const Vec<W> shifted = x + round;
-    const Vec<W> r = x - (shifted - round);
+    const Vec<W> shifted = x + round, r = x - (shifted - round);
+#endif
     Vec<W> p;
     if constexpr (TERMS >= 6) {
         p = r * 1.535336188319500e-4f + 1.339887440266574e-3f;
@@ -30,7 +34,11 @@ HFS_INLINE Vec<W> exp2_negative(Vec<W> x) {
     p = p * r + 2.402264791363012e-1f;
     p = p * r + 6.931472028550421e-1f;
     p = p * r + 1.0f;
+#if defined(__AVX512F__)
+    return (Vec<W>)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
     return p * floats<W>((words<W>(shifted) << 23) + (127u << 23));
+#endif
 }
 
 // Where a tile of tokens has its features: feature d of the tile lies at `at` + d * stride.
@@ -146,10 +154,11 @@ HFS_INLINE void score_keys(const Head<typename Kind::Word>& head, int64_t first,
 template <typename Kind, int W>
 HFS_INLINE Vec<W> exponentials(float* scores, int64_t count, int64_t stride, Vec<W> top, Vec<W> factor) {
     constexpr bool pairs = sizeof(typename Kind::X) == 2;
+    const Vec<W> offset = top * factor;
     Vec<W> even{}, odd{};
     for (int64_t j = 0; j < count; j += 2) {
-        const Vec<W> a = exp2_negative<W, pairs ? 4 : 6>((load<W>(scores + j * stride) - top) * factor);
-        const Vec<W> b = exp2_negative<W, pairs ? 4 : 6>((load<W>(scores + (j + 1) * stride) - top) * factor);
+        const Vec<W> a = exp2_negative<W, pairs ? 4 : 6>(load<W>(scores + j * stride) * factor - offset);
+        const Vec<W> b = exp2_negative<W, pairs ? 4 : 6>(load<W>(scores + (j + 1) * stride) * factor - offset);
         even += a;
         odd += b;
 #if defined(HFS_PAIRS)

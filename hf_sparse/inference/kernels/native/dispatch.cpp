@@ -1,5 +1,12 @@
 // The C interface: checks arguments, picks the instruction set, lends threads and scratch memory.
 #include <stdlib.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "kernel.h"
 #define HFS_ISA dispatch
@@ -29,6 +36,11 @@ const linear_fn SINGLE[HFS_ISA_COUNT] = {
 #else
     nullptr,
 #endif
+#if defined(HFS_WITH_AVX512) && defined(HFS_WITH_AVX512BF16) && defined(HFS_WITH_AMX)
+    hfs_linear_avx512,
+#else
+    nullptr,
+#endif
 };
 const linear_fn PAIRS[HFS_ISA_COUNT] = {
     nullptr,
@@ -36,6 +48,11 @@ const linear_fn PAIRS[HFS_ISA_COUNT] = {
     nullptr,
 #if defined(HFS_WITH_AVX512) && defined(HFS_WITH_AVX512BF16)
     hfs_linear_avx512bf16,
+#else
+    nullptr,
+#endif
+#if defined(HFS_WITH_AVX512) && defined(HFS_WITH_AVX512BF16) && defined(HFS_WITH_AMX)
+    hfs_linear_amx,
 #else
     nullptr,
 #endif
@@ -59,6 +76,11 @@ const encoder_fn SINGLE_ENCODER[HFS_ISA_COUNT] = {
 #else
     nullptr,
 #endif
+#if defined(HFS_WITH_AVX512) && defined(HFS_WITH_AVX512BF16) && defined(HFS_WITH_AMX)
+    hfs_encoder_avx512,
+#else
+    nullptr,
+#endif
 };
 const encoder_fn PAIRS_ENCODER[HFS_ISA_COUNT] = {
     nullptr,
@@ -69,8 +91,34 @@ const encoder_fn PAIRS_ENCODER[HFS_ISA_COUNT] = {
 #else
     nullptr,
 #endif
+#if defined(HFS_WITH_AVX512) && defined(HFS_WITH_AVX512BF16) && defined(HFS_WITH_AMX)
+    hfs_encoder_amx,
+#else
+    nullptr,
+#endif
 };
 bool of_pairs(const hfs_weight& w) { return w.kind == HFS_NEIGHBOURS || w.kind == HFS_COUPLES; }
+
+#if defined(HFS_WITH_AMX) && !defined(HFS_EMULATED)
+// Whether the CPU multiplies tiles of bfloat16, the operating system keeps them, and, on Linux, it lets this process have
+// them: it has to be asked once, before the first use.
+bool may_use_tiles() {
+    unsigned a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return false;  // XGETBV
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
+    const unsigned kept = 3u << 17;
+    unsigned low, high;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    if ((low & kept) != kept) return false;
+#if defined(__linux__)
+    const long request_permission = 0x1023, tile_data = 18;
+    static const bool allowed = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+    return allowed;
+#else
+    return false;
+#endif
+}
+#endif
 
 bool cpu_has(int isa) {
 #if defined(HFS_EMULATED)
@@ -86,10 +134,20 @@ bool cpu_has(int isa) {
 #if defined(HFS_WITH_AVX512BF16)
         case HFS_AVX512BF16: return avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
+#if defined(HFS_WITH_AVX512BF16) && defined(HFS_WITH_AMX)
+        case HFS_AMX: return cpu_has(HFS_AVX512BF16) && may_use_tiles();
+#endif
         default: break;
     }
 #endif
     return isa == HFS_PORTABLE;
+}
+
+// Whether all columns are below a limit. One unsigned comparison refuses negative ones too.
+bool inside(const int32_t* column, int64_t count, int64_t limit) {
+    bool ok = true;
+    for (int64_t j = 0; j < count; j++) ok &= (uint32_t)column[j] < (limit > 0 ? (uint32_t)limit : 0);
+    return ok;
 }
 
 struct Scratch {
@@ -123,6 +181,8 @@ extern "C" {
 
 int hfs_abi(void) { return HFS_ABI; }
 
+int64_t hfs_weight_size(void) { return (int64_t)sizeof(hfs_weight); }
+
 int hfs_isa_available(int isa) { return isa >= 0 && isa < HFS_ISA_COUNT && SINGLE[isa] && cpu_has(isa); }
 
 void hfs_set_parallel(hfs_parallel_fn gomp_parallel) { parallel = gomp_parallel; }
@@ -149,10 +209,22 @@ int hfs_check(const hfs_weight* w) {
     if (w->band_start[0] != 0 || w->band_start[bands] != w->steps) return HFS_BAD_INDEX;
     bool ok = true;
     for (int64_t b = 0; b < bands; b++) ok &= w->band_start[b] <= w->band_start[b + 1];
-    // Columns below this are inside with all that a step reads. One unsigned comparison refuses negative ones too.
+    // Columns below this are inside with all that a step reads.
     const int64_t limit = w->kind == HFS_NEIGHBOURS ? w->in_features / 2 : w->in_features - width + 1;
-    const int64_t columns = w->kind == HFS_COUPLES ? 2 * w->steps : w->steps;
-    for (int64_t j = 0; j < columns; j++) ok &= (uint32_t)w->column[j] < (limit > 0 ? (uint32_t)limit : 0);
+    const int64_t per_step = w->kind == HFS_COUPLES ? 2 : 1;
+    ok &= inside(w->column, w->steps * per_step, limit);
+    if (w->chunk_start) {
+        if (!pairs || w->isa != HFS_AMX) return HFS_BAD_ARGUMENT;
+        ok &= w->chunk_start[0] == 0;
+        for (int64_t b = 0; b < bands && ok; b++) {
+            const int64_t chunks = ((int64_t)w->band_start[b + 1] - w->band_start[b] + 15) / 16;
+            ok = (int64_t)w->chunk_start[b + 1] - w->chunk_start[b] == chunks;
+        }
+        if (!ok) return HFS_BAD_INDEX;
+        const int64_t chunks = w->chunk_start[bands];
+        if (chunks && (!w->chunk_column || !w->chunk_values)) return HFS_BAD_ARGUMENT;
+        ok = inside(w->chunk_column, chunks * 16 * per_step, limit);
+    }
     return ok ? HFS_OK : HFS_BAD_INDEX;
 }
 

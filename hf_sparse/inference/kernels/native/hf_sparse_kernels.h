@@ -13,9 +13,16 @@ extern "C" {
 #endif
 
 // Raised whenever a struct or a function below changes: Python refuses a library built from other sources.
-#define HFS_ABI 1
+#define HFS_ABI 2
 
-enum hfs_isa { HFS_PORTABLE = 0, HFS_AVX2 = 1, HFS_AVX512 = 2, HFS_AVX512BF16 = 3, HFS_ISA_COUNT = 4 };
+enum hfs_isa {
+    HFS_PORTABLE = 0,
+    HFS_AVX2 = 1,
+    HFS_AVX512 = 2,
+    HFS_AVX512BF16 = 3,
+    HFS_AMX = 4,
+    HFS_ISA_COUNT = 5
+};
 enum hfs_activation { HFS_NONE = 0, HFS_GELU = 1, HFS_GELU_TANH = 2, HFS_SILU = 3, HFS_RELU = 4 };
 enum hfs_dtype { HFS_FLOAT32 = 0, HFS_BFLOAT16 = 1 };
 // ROWS: outputs in lanes, reads and writes row-major. LANES: tokens in lanes, activations are packed around it.
@@ -33,6 +40,10 @@ enum hfs_kind { HFS_SINGLE = 0, HFS_NEIGHBOURS = 1, HFS_COUPLES = 2, HFS_SEGMENT
 
 // A weight [out_features, in_features] cut into bands of `height` output rows. Band b takes the steps
 // band_start[b] .. band_start[b + 1]; values holds, for each step, height * width words of four bytes.
+//
+// Pairs for HFS_AMX may stand a second time, for matrix tiles, which take 16 steps at once: band b then has the chunks
+// chunk_start[b] .. chunk_start[b + 1], as many as its steps fill; a chunk that they do not fill ends with columns of the
+// band again, with weights of zero. Without them the weight is computed as for HFS_AVX512BF16.
 struct hfs_weight {
     int64_t out_features;
     int64_t in_features;
@@ -46,6 +57,9 @@ struct hfs_weight {
     int32_t dtype;              // hfs_dtype of x, y and bias
     int32_t isa;                // hfs_isa
     int32_t form;               // hfs_form
+    const int32_t* chunk_start;   // [out_features / height + 1], or null
+    const int32_t* chunk_column;  // [chunks, 16], or [chunks, 16, 2] for COUPLES
+    const void* chunk_values;     // [chunks, height, 16]
 };
 
 // An encoder of post-LayerNorm transformer layers: h = norm(h + attention(h)), h = norm(h + down(activation(up(h)))).
@@ -66,7 +80,9 @@ struct hfs_encoder {
 };
 
 HFS_EXPORT int hfs_abi(void);
-// 1 if this library holds the instruction set and this CPU has it.
+// sizeof(struct hfs_weight) as the library was built, for whoever mirrors it.
+HFS_EXPORT int64_t hfs_weight_size(void);
+// 1 if this library holds the instruction set, and this CPU and the operating system let the process use it.
 HFS_EXPORT int hfs_isa_available(int isa);
 // HFS_OK, or why the weight must not be used. Every index that a kernel follows is checked here.
 HFS_EXPORT int hfs_check(const struct hfs_weight* weight);

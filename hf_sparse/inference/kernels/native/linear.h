@@ -48,14 +48,14 @@ HFS_INLINE void lanes_dispatch(int64_t vectors, const Linear<Kind>& call, typena
     }
 }
 
-template <int W, typename Kind>
-static int lanes_linear(const Linear<Kind>& call, typename Kind::X* y) {
+// Pack the tokens in groups of at most `per_group` vectors, and share out groups, or groups x units, as
+// run(vectors, first unit, last unit, packed, first token).
+template <int W, typename Kind, typename Run>
+static int run_groups(const Linear<Kind>& call, int64_t per_group, const Run& run_group) {
     typedef typename Kind::Word Word;
-    constexpr int most = W == LANES ? MAX_VECTORS : 1;
     const int64_t features = call.weight.in_features, packed_features = Kind::packed_features(features);
     const int64_t units = call.panels.units, threads = call.threads;
     const int64_t tiles = (call.tokens + W - 1) / W;
-    const int64_t per_group = W == LANES ? max_vectors(call.weight.height) : 1;
     const int64_t groups = (tiles + per_group - 1) / per_group;
     // Groups differ by one tile at most, so none is left with a lone vector.
     const auto first_tile = [=](int64_t group) { return tiles * group / groups; };
@@ -66,7 +66,7 @@ static int lanes_linear(const Linear<Kind>& call, typename Kind::X* y) {
     };
     const auto run = [&](int64_t group, int64_t first, int64_t last, const Word* packed) {
         const int64_t head = first_tile(group);
-        lanes_dispatch<Kind, most, W>(first_tile(group + 1) - head, call, y, first, last, packed, head * W);
+        run_group(first_tile(group + 1) - head, first, last, packed, head * W);
     };
 
     if (threads == 1 || groups >= 4 * threads) {
@@ -102,6 +102,15 @@ static int lanes_linear(const Linear<Kind>& call, typename Kind::X* y) {
         run(group, units * part / parts, units * (part + 1) / parts, packed + first_tile(group) * W * packed_features);
     });
     return HFS_OK;
+}
+
+template <int W, typename Kind>
+static int lanes_linear(const Linear<Kind>& call, typename Kind::X* y) {
+    constexpr int most = W == LANES ? MAX_VECTORS : 1;
+    const auto run = [&](int64_t vectors, int64_t first, int64_t last, const typename Kind::Word* packed, int64_t head) {
+        lanes_dispatch<Kind, most, W>(vectors, call, y, first, last, packed, head);
+    };
+    return run_groups<W>(call, W == LANES ? max_vectors(call.weight.height) : 1, run);
 }
 
 // Rows are summed and written in float32 whatever the type of x.
@@ -159,20 +168,30 @@ static bool prefer_lanes(const hfs_weight& w, int64_t x_row_bytes, int64_t token
 // Below this many multiply-adds a second thread costs more than it brings.
 constexpr double PARALLEL_WORK = 4e5;
 
+static int worth_threads(const hfs_weight& w, const hfs_call& call) {
+    const double work = (double)w.steps * (double)w.height * (double)w.width * (double)call.tokens;
+    return work < PARALLEL_WORK ? 1 : call.threads;
+}
+
+// The bias in float32; false if there is no memory.
+template <typename X>
+static bool wide_bias(const hfs_weight& weight, const hfs_call& call, const float*& bias) {
+    bias = (const float*)call.bias;
+    if (sizeof(X) == sizeof(float) || !bias) return true;
+    float* wide = hfs_scratch(2, (size_t)weight.out_features);
+    if (wide) convert_row((const bf16*)call.bias, weight.out_features, wide);
+    bias = wide;
+    return wide;
+}
+
 template <typename Kind>
 static int linear(const hfs_weight& weight, const hfs_call& call) {
     typedef typename Kind::X X;
     if (call.tokens == 0 || weight.out_features == 0) return HFS_OK;
-    const float* bias = (const float*)call.bias;
-    if (sizeof(X) != sizeof(float) && bias) {
-        float* wide = hfs_scratch(2, (size_t)weight.out_features);
-        if (!wide) return HFS_NO_MEMORY;
-        convert_row((const bf16*)call.bias, weight.out_features, wide);
-        bias = wide;
-    }
-    const double work = (double)weight.steps * (double)weight.height * (double)weight.width * (double)call.tokens;
+    const float* bias;
+    if (!wide_bias<X>(weight, call, bias)) return HFS_NO_MEMORY;
     const Linear<Kind> job = {weight, Panels(weight), bias, (const X*)call.x, call.x_stride, call.tokens,
-                              call.activation, work < PARALLEL_WORK ? 1 : call.threads};
+                              call.activation, worth_threads(weight, call)};
     X* y = (X*)call.y;
 #if !defined(HFS_PAIRS)
     if (weight.kind == HFS_SEGMENTS) {

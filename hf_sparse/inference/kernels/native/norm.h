@@ -15,35 +15,33 @@ HFS_INLINE Vec<W> square_root(Vec<W> x) {
 template <int T, int W>
 static void add_norm(float* out, const float* residual, int64_t rows, const float* gain, const float* shift, float eps) {
     constexpr int64_t G = T * W;
-    Vec<W> sum[T], squares[T], first[T];
+    Vec<W> sum[T], squares[T];
     HFS_UNROLL
-    for (int t = 0; t < T; t++) {
-        // Sums are taken of differences to the first row: squares of a large common mean would cancel.
-        first[t] = load<W>(out + t * W) + load<W>(residual + t * W);
-        sum[t] = squares[t] = Vec<W>{};
-    }
+    for (int t = 0; t < T; t++) sum[t] = squares[t] = Vec<W>{};
     for (int64_t i = 0; i < rows; i++) {
         HFS_UNROLL
         for (int t = 0; t < T; t++) {
             const Vec<W> x = load<W>(out + i * G + t * W) + load<W>(residual + i * G + t * W);
             store<W>(out + i * G + t * W, x);
-            const Vec<W> centred = x - first[t];
-            sum[t] += centred;
-            squares[t] += centred * centred;
+            sum[t] += x;
         }
     }
-    Vec<W> scale[T], offset[T];
     HFS_UNROLL
-    for (int t = 0; t < T; t++) {
-        const Vec<W> mean = sum[t] * (1.0f / (float)rows);
-        const Vec<W> spread = squares[t] * (1.0f / (float)rows) - mean * mean;
-        scale[t] = 1.0f / square_root<W>((spread > 0.0f ? spread : Vec<W>{}) + eps);
-        offset[t] = -(mean + first[t]) * scale[t];
-    }
+    for (int t = 0; t < T; t++) sum[t] = sum[t] * (1.0f / (float)rows);
+    // A pass of its own: squares of what is not centred would cancel where one feature or the mean is large.
     for (int64_t i = 0; i < rows; i++) {
         HFS_UNROLL
         for (int t = 0; t < T; t++) {
-            const Vec<W> x = load<W>(out + i * G + t * W) * scale[t] + offset[t];
+            const Vec<W> centred = load<W>(out + i * G + t * W) - sum[t];
+            squares[t] += centred * centred;
+        }
+    }
+    HFS_UNROLL
+    for (int t = 0; t < T; t++) squares[t] = 1.0f / square_root<W>(squares[t] * (1.0f / (float)rows) + eps);
+    for (int64_t i = 0; i < rows; i++) {
+        HFS_UNROLL
+        for (int t = 0; t < T; t++) {
+            const Vec<W> x = (load<W>(out + i * G + t * W) - sum[t]) * squares[t];
             store<W>(out + i * G + t * W, x * gain[i] + shift[i]);
         }
     }

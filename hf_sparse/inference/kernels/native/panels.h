@@ -13,10 +13,10 @@ struct Panels {
     const hfs_weight& weight;
     int64_t per_band, count, per_unit, units;
 
-    explicit Panels(const hfs_weight& w) : weight(w) {
+    explicit Panels(const hfs_weight& w, int64_t strip_rows = STRIP_ROWS) : weight(w) {
         per_band = (w.height + PANEL_ROWS - 1) / PANEL_ROWS;
         count = w.out_features / w.height * per_band;
-        per_unit = w.height < STRIP_ROWS ? (STRIP_ROWS + w.height - 1) / w.height : 1;
+        per_unit = w.height < strip_rows ? (strip_rows + w.height - 1) / w.height : 1;
         units = (count + per_unit - 1) / per_unit;
     }
     int64_t first_of_unit(int64_t unit) const { return unit * per_unit < count ? unit * per_unit : count; }

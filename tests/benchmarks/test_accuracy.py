@@ -1,0 +1,223 @@
+"""The accuracy grid: its cells, what one of them measures, and that a stopped grid goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from datasets import Dataset
+
+from benchmarks import accuracy, accuracy_report
+from benchmarks.accuracy_cell import Sources, floor_score, load_rows, scores, train_cell
+from benchmarks.accuracy_energy import kept_energy
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+from tiny_task import make_rows, write_model  # noqa: E402
+
+GRID: dict[str, Any] = yaml.safe_load(accuracy.GRID.read_text(encoding="utf-8"))
+NAMES = {"bad": "negative", "good": "positive"}
+
+
+def small_grid(**changes: Any) -> dict[str, Any]:
+    """The real grid's settings on a task that is learned in seconds."""
+    training = {**GRID["training"], "logging_steps": 4, "bf16": False}
+    tasks = {"sst2": {"max_length": 16, "epochs": 4, "train_rows": 200}}
+    return {**GRID, "training": training, "tasks": tasks, "train_probe_rows": 50, **changes}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
+    folder = tmp_path_factory.mktemp("accuracy")
+    for seed, (split, count) in enumerate((("train", 256), ("validation", 96))):
+        made = [{"sentence": row["sentence"], "label": NAMES[row["label"]]} for row in make_rows(count, seed)]
+        (folder / "data/sst2").mkdir(parents=True, exist_ok=True)
+        Dataset.from_list(made).to_parquet(folder / f"data/sst2/{split}.parquet")
+    return Sources(model=str(write_model(folder / "model")), data=folder / "data", work=folder / "work")
+
+
+def cell_of(method: str, sparsity: float, block: str = "8x1", seed: int = 1) -> dict[str, Any]:
+    entry = {"task": "sst2", "method": method, "block": block, "sparsity": sparsity, "seed": seed}
+    return next(accuracy.expand({**small_grid(), "cells": [entry]}))
+
+
+@pytest.fixture(scope="module")
+def dense(sources: Sources) -> dict[str, Any]:
+    grid = small_grid()
+    grid["methods"] = {**grid["methods"], "dense": {**grid["methods"]["dense"], "epochs": 30, "learning_rate": 3e-3}}
+    return train_cell(cell_of("dense", 0.0), grid, sources)
+
+
+def test_every_cell_of_the_committed_grid_is_a_valid_config() -> None:
+    from hf_sparse import SparseDistillConfig
+
+    cells = list(accuracy.expand(GRID))
+    assert cells and len({cell["name"] for cell in cells}) == len(cells)
+    for cell in cells:
+        method = {k: v for k, v in GRID["methods"][cell["method"]].items() if k not in ("start", "epochs")}
+        height, width = cell["block"]
+        shape = {"sparsity": cell["sparsity"], "block_height": height, "block_width": width}
+        SparseDistillConfig(**{**GRID["training"], **shape, **method}, output_dir="out", use_cpu=True)
+
+
+def test_lists_are_multiplied_out_and_a_cell_stands_once() -> None:
+    entry = {"task": "sst2", "method": ["agp", "agp+kd"], "block": ["8x1", "1x1"], "sparsity": 0.8, "seed": [1, 2]}
+    cells = list(accuracy.expand({**GRID, "cells": [entry, {**entry, "method": "agp"}]}))
+    assert len(cells) == 8
+    assert cells[0] == {"task": "sst2", "method": "agp", "block": [8, 1], "sparsity": 0.8, "seed": 1,
+                        "name": "sst2.agp.8x1.0.8.1"}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"method": "magic"}, "'magic' is none of the methods"),
+    ({"task": "cola"}, "'cola' is none of the tasks"),
+    ({"shape": "8x1"}, "has 'shape', which is none of"),
+])  # fmt: skip
+def test_a_cell_that_cannot_be_is_refused(change: dict[str, Any], message: str) -> None:
+    entry = {"task": "sst2", "method": "agp", "block": "8x1", "sparsity": 0.8, "seed": 1, **change}
+    with pytest.raises(ValueError, match=message):
+        list(accuracy.expand({**GRID, "cells": [entry]}))
+
+
+def test_a_dense_cell_learns_and_leaves_its_model(sources: Sources, dense: dict[str, Any]) -> None:
+    assert dense["train_rows"] == 200 and dense["dev_rows"] == 96 and dense["sparsity_reached"] == 0.0
+    assert scores(dense)["last"] > 0.9
+    assert (sources.dense("sst2") / "config.json").is_file()
+
+
+def test_a_pruned_cell_starts_from_the_dense_model_and_records_its_course(
+    sources: Sources, dense: dict[str, Any]
+) -> None:
+    found = train_cell(cell_of("agp+kd+hidden", 0.5), small_grid(), sources)
+    assert found["sparsity_reached"] == 0.5 and found["steps"] == 28
+    assert [at["step"] for at in found["dev"]] == [7, 14, 21, 28]
+    assert [at["final_sparsity"] for at in found["dev"]] == [False, False, True, True]
+    assert {"loss_task", "loss_kd", "loss_hidden", "sparsity"} <= set(found["train"][0])
+    # From scratch the loss of the first steps would be that of guessing, 0.69.
+    assert found["train"][0]["loss_task"] < 0.3
+    summary = scores(found)
+    assert summary["last"] == found["dev"][-1]["dev_accuracy"]
+    assert summary["gap"] == pytest.approx(found["dev"][-1]["train_accuracy"] - summary["last"])
+
+
+def test_the_best_score_counts_only_at_full_sparsity() -> None:
+    at = {"train_accuracy": 0.9, "dev_loss": 0.5, "train_loss": 0.4}
+    dev = [{**at, "dev_accuracy": a, "final_sparsity": f} for a, f in ((0.9, False), (0.7, True), (0.6, True))]
+    assert scores({"dev": dev}) == pytest.approx(
+        {"last": 0.6, "best": 0.7, "train_last": 0.9, "gap": 0.3, "dev_loss": 0.5, "train_loss": 0.4}
+    )
+
+
+def test_the_floor_sees_words_but_no_order(sources: Sources) -> None:
+    # One word gives the label away, and a mean of embeddings holds it.
+    found = floor_score("sst2", small_grid()["tasks"]["sst2"], sources)
+    assert found["accuracy"] > found["commonest"] + 0.15
+
+
+def test_rows_are_limited_for_training_only(sources: Sources) -> None:
+    from transformers import AutoTokenizer
+
+    found = load_rows(
+        "sst2", {"max_length": 6, "train_rows": 10}, sources, AutoTokenizer.from_pretrained(sources.model)
+    )
+    assert (len(found["train"]), len(found["dev"])) == (10, 96)
+    assert found["truncated"] > 0.5 and max(map(len, found["dev"]["input_ids"])) == 6
+
+
+def test_a_grid_goes_on_where_it_was_and_keeps_what_failed(
+    sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = {"task": "sst2", "method": "agp", "block": "8x1", "sparsity": [0.5, 0.6, 0.7], "seed": 1}
+    file = tmp_path / "grid.yaml"
+    file.write_text(yaml.safe_dump({**small_grid(), "cells": [entry]}))
+    monkeypatch.setattr(accuracy, "GRID", file)
+    there = Sources(model=sources.model, data=sources.data, work=tmp_path / "work")
+    accuracy.write_json(there.work / "floors/sst2.json", {"accuracy": 0.5})
+    accuracy.write_json(there.work / "cells/sst2.agp.8x1.0.5.1.json", {"name": "done before"})
+    ran: list[str] = []
+
+    class Done:
+        returncode = 1
+
+    def run(command: list[str], stdout: Any, **_: Any) -> Done:
+        ran.append(command[command.index("--cell") + 1])
+        stdout.write("ValueError: too little memory\n")
+        stdout.flush()
+        return Done()
+
+    monkeypatch.setattr(accuracy.subprocess, "run", run)
+    accuracy.run_grid(there)
+    assert ran == ["sst2.agp.8x1.0.6.1", "sst2.agp.8x1.0.7.1"]
+    found = accuracy.collect(there.work)
+    assert [cell["name"] for cell in found["cells"]] == ["done before", *ran]
+    assert found["cells"][1]["failed"] == "exit status 1: ValueError: too little memory"
+    assert found["not_run"] == [] and found["floors"] == {"sst2": {"accuracy": 0.5}}
+
+
+def test_a_cell_file_tells_where_it_came_from(
+    sources: Sources, dense: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "grid.yaml"
+    entry = {"task": "sst2", "method": "agp", "block": "8x1", "sparsity": 0.5, "seed": 3}
+    file.write_text(yaml.safe_dump({**small_grid(), "cells": [entry]}))
+    monkeypatch.setattr(accuracy, "GRID", file)
+    accuracy.run_one("sst2.agp.8x1.0.5.3", sources, "the command")
+    found = json.loads((sources.work / "cells/sst2.agp.8x1.0.5.3.json").read_text())
+    assert {"command", "commit", "versions", "hardware", "seed", "wall_seconds", "cpu_seconds", "train", "dev", "last",
+            "best", "gap", "settings"} <= set(found)  # fmt: skip
+    assert found["settings"]["seed"] == 3 and found["command"] == "the command"
+
+
+def results_of(**scores: float) -> dict[str, Any]:
+    """Results as `collect` gives them: a dense model, one method with two seeds, another that failed."""
+    rest = {"best": 0.8, "train_last": 0.9, "gap": 0.1, "task": "qnli", "block": [8, 1], "epochs": 1, "steps": 4}
+    dev = [{"step": 2, "dev_loss": 0.5, "train_loss": 0.4}, {"step": 4, "dev_loss": 0.6, "train_loss": 0.3}]
+    rest["dev"] = dev
+    cells = [{**rest, "method": "dense", "sparsity": 0.0, "last": scores.get("dense", 0.9)}]
+    cells += [{**rest, "method": "agp", "sparsity": 0.8, "last": last} for last in (0.78, 0.82)]
+    cells += [{"name": "qnli.agp.1x1.0.8.1", "task": "qnli", "failed": "exit status 1"}]
+    row = {"magnitude": 0.334, "activation": 0.572, "input_rms_low": 0.341, "input_rms_high": 0.912}
+    floors = {"qnli": {"accuracy": 0.7, "commonest": 0.5}}
+    return {"floors": floors, "energy": {"qnli": {"output.dense": row}}, "cells": cells}
+
+
+def test_a_table_has_mean_and_spread_over_seeds_and_keeps_what_failed() -> None:
+    text = accuracy_report.table("qnli", results_of())
+    assert "| agp | 8x1 | 80% | 2 | 80.0 ± 2.8 | 80.0 ± 0.0 | 50% |" in text
+    assert "| qnli.agp.1x1.0.8.1 | failed: exit status 1 |" in text
+    assert "| *floor* (mean word embeddings) | | | | 70.0 |" in text
+
+
+def test_the_table_of_energies() -> None:
+    assert "| output.dense | qnli | 0.34 to 0.91 | 33% | 57% |" in accuracy_report.energy_table(results_of())
+
+
+def test_more_energy_survives_where_inputs_count(sources: Sources, dense: dict[str, Any]) -> None:
+    found = kept_energy("sst2", small_grid()["tasks"]["sst2"], sources)
+    assert len(found) == 6
+    for row in found.values():
+        # What is kept is chosen by energy, so no other choice of as many blocks keeps more.
+        assert 0.2 <= row["magnitude"] <= row["activation"] < 1.0
+        assert row["input_rms_low"] <= row["input_rms_high"]
+
+
+def test_a_page_whose_tables_are_not_those_of_the_results_is_refused() -> None:
+    mark = "<!-- table:accuracy-sst2 -->\n<!-- /table:accuracy-sst2 -->"
+    with pytest.raises(
+        ValueError, match=r"has the tables \['accuracy-sst2'\], results are there for .*'accuracy-qnli'"
+    ):
+        accuracy_report.fill(mark, results_of())
+
+
+def test_plots_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib").use("agg")
+    accuracy_report.plot_shares(results_of(), tmp_path / "a.png")
+    accuracy_report.plot_courses(results_of(), "qnli", tmp_path / "b.png")
+    assert all((tmp_path / name).read_bytes()[:4] == b"\x89PNG" for name in ("a.png", "b.png"))
+
+
+def test_the_page_shows_what_the_results_hold() -> None:
+    assert accuracy_report.main(["--check"]) == 0, "run python benchmarks/accuracy_report.py"
