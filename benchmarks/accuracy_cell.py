@@ -111,7 +111,7 @@ def train_cell(cell: Mapping[str, Any], grid: Mapping[str, Any], sources: Source
     trainer.train()
     used = time.perf_counter() - wall, time.process_time() - cpu
     if cell["method"] == "dense" and not sources.dense(cell["task"]).exists():
-        trainer.student.save_pretrained(sources.dense(cell["task"]))
+        model.save_pretrained(sources.dense(cell["task"]))
     history = trainer.state.log_history
     return {
         "steps": trainer.state.global_step,

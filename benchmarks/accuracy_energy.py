@@ -26,7 +26,7 @@ def kept_energy(
 
     Returns:
         {kind of linear: {"magnitude", "activation": share of the energy in the blocks kept, mean over layers;
-        "input_rms_low", "input_rms_high": 5th and 95th percentile over input features, mean over layers}}.
+        "input_rms_low", "input_rms_high": smallest and largest over input features, mean over layers}}.
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -50,6 +50,6 @@ def kept_energy(
             row = found.setdefault(kind, {})
             row.setdefault(importance, []).append(float(energy[mask].sum() / energy.sum()))
             if given is None:
-                for key, at in (("input_rms_low", 0.05), ("input_rms_high", 0.95)):
-                    row.setdefault(key, []).append(float(rms[name].quantile(at)))
+                row.setdefault("input_rms_low", []).append(float(rms[name].min()))
+                row.setdefault("input_rms_high", []).append(float(rms[name].max()))
     return {k: {key: round(sum(v) / len(v), 4) for key, v in row.items()} for k, row in found.items()}

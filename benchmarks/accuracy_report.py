@@ -70,10 +70,7 @@ def table(task: str, results: Mapping[str, Any]) -> str:
 
 def energy_table(results: Mapping[str, Any]) -> str:
     """Lay out how much of the dense outputs survives each kind of importance, by kind of linear."""
-    lines = [
-        "| linear | task | input size of the inputs, 5th to 95th percentile | magnitude | activation |",
-        "|---|---|--:|--:|--:|",
-    ]
+    lines = ["| linear | task | rms of its input features | magnitude | activation |", "|---|---|--:|--:|--:|"]
     for task, kinds in results["energy"].items():
         for kind, row in kinds.items():
             spread = f"{row['input_rms_low']:.2f} to {row['input_rms_high']:.2f}"
@@ -97,27 +94,34 @@ def fill(text: str, results: Mapping[str, Any]) -> str:
 
 
 def plot_shares(results: Mapping[str, Any], file: Path) -> None:
-    """Draw what is kept of dense - floor against density, one line or point per method and block shape."""
+    """Draw what is kept of dense - floor: a line over density per method and block shape, bars where there is one."""
     import matplotlib.pyplot as plt
 
     tasks = [task for task in results["floors"] if groups(task, results)]
-    figure, all_axes = plt.subplots(1, len(tasks), figsize=(5.5 * len(tasks), 4.2), squeeze=False, sharey=True)
-    for axes, task in zip(all_axes[0], tasks, strict=True):
+    figure, all_axes = plt.subplots(len(tasks), 1, figsize=(7.5, 3.2 * len(tasks)), squeeze=False)
+    for axes, task in zip(all_axes[:, 0], tasks, strict=True):
         lines: dict[str, list[tuple[float, float]]] = {}
         for cells in groups(task, results):
             if cells[0]["sparsity"]:
                 label = f"{cells[0]['method']}, {'x'.join(map(str, cells[0]['block']))}"
                 kept = _mean(share(c, results) for c in cells)
                 lines.setdefault(label, []).append((1.0 - cells[0]["sparsity"], 100 * kept))
+        densities = {density for points in lines.values() for density, _ in points}
+        if len(densities) == 1:
+            names = list(lines)[::-1]
+            axes.barh(names, [lines[name][0][1] for name in names], color="C0")
+            axes.axvline(0, color="0.3", linewidth=0.8)
+            axes.set(title=f"{task.upper()}, density {densities.pop():.0%}", xlabel="kept of dense - floor (%)")
+            axes.tick_params(axis="y", labelsize=8)
+            continue
         for label, points in lines.items():
             axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
-        axes.axhline(100, color="0.6", linewidth=0.8)
-        axes.axhline(0, color="0.6", linewidth=0.8)
-        axes.set(title=task.upper(), xlabel="density")
+        axes.axhline(0, color="0.3", linewidth=0.8)
+        axes.set(title=task.upper(), xlabel="density", ylabel="kept of dense - floor (%)")
         axes.legend(fontsize=7)
-    all_axes[0][0].set_ylabel("kept of dense - floor (%)")
     figure.tight_layout()
     figure.savefig(file, dpi=110, metadata={"Software": None})
+    plt.close(figure)
 
 
 def plot_courses(results: Mapping[str, Any], task: str, file: Path) -> None:
@@ -136,6 +140,7 @@ def plot_courses(results: Mapping[str, Any], task: str, file: Path) -> None:
     axes.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(file, dpi=110, metadata={"Software": None})
+    plt.close(figure)
 
 
 def _mean(values: Iterable[float]) -> float:

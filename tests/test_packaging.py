@@ -61,7 +61,7 @@ def test_the_wheel_holds_every_module_and_data_file(names: list[str]) -> None:
     wanted = {
         path.relative_to(REPOSITORY).as_posix()
         for path in (REPOSITORY / "hf_sparse").rglob("*")
-        if path.suffix in (".py", ".md", ".cpp", ".h") or path.name == "py.typed"
+        if path.suffix in (".py", ".md", ".html", ".cpp", ".h") or path.name == "py.typed"
         if path.parent.name != "tests"
     }
     assert "hf_sparse/py.typed" in wanted and any("/templates/" in name for name in wanted)

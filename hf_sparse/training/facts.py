@@ -13,6 +13,7 @@ from transformers.modelcard import TASK_MAPPING
 
 from hf_sparse.core.report import report
 from hf_sparse.hub.facts import CardFacts, CostFacts, DataFacts, MetricFacts, recipe_facts
+from hf_sparse.hub.history import history_facts
 from hf_sparse.inference.environment import environment
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def run_facts(trainer: SparseDistillTrainer, folder: Path, teacher_metrics: Mapp
         dense_file_bytes=None if dense else weights.dense_bytes,
         cost=_cost(trainer),
         seed=config.seed,
+        history=history_facts(trainer.state.log_history),
         versions={name: version(name) for name in _PACKAGES},
     )
 

@@ -8,18 +8,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_sparse.hub.card import CARD_FILE, is_rendered, write_card
 from hf_sparse.training.checkpoint import check_writable, load_state, save_state
 from hf_sparse.training.config import SparseDistillConfig
 from hf_sparse.training.distiller import Distiller
-from hf_sparse.training.facts import run_facts, with_given
+from hf_sparse.training.facts import run_facts
 from hf_sparse.training.hooks import StepHooks
 from hf_sparse.training.importance import input_rms
 from hf_sparse.training.losses import RunningMeans, distillation_terms, weighted_sum
 from hf_sparse.training.pruner import Pruner
+from hf_sparse.training.publishing import PublishingTrainer
 from hf_sparse.training.saving import save_final
 from hf_sparse.training.schedules import StepPlan, plan_step
 from hf_sparse.training.share import StepTotals, count_units
@@ -27,7 +28,7 @@ from hf_sparse.training.stages import freeze_outside_layers, reset_optimizer, re
 from hf_sparse.training.support import predicts_next, refuse_unsupported_engine, refuse_unsupported_model
 
 
-class SparseDistillTrainer(Trainer):
+class SparseDistillTrainer(PublishingTrainer):
     """A `Trainer` whose model ends block-sparse: pruned step by step while it learns from its dense teacher.
 
     Takes everything `Trainer` takes. Evaluation, prediction and checkpoints are those of the student alone; the final
@@ -262,17 +263,6 @@ class SparseDistillTrainer(Trainer):
                 write_card(staging, run_facts(self, staging, self._teacher_metrics))
 
         save_final(self.student, folder, masks, save_others)
-
-    def create_model_card(self, **given: Any) -> None:  # type: ignore[override]
-        """Write the card of the saved model from what the run recorded and what is given here.
-
-        Args:
-            given: as `Trainer.create_model_card` takes: language, license, model_name, finetuned_from, tasks, dataset,
-                dataset_tags, dataset_args.
-        """
-        if self.is_world_process_zero():
-            folder = Path(self.args.output_dir or ".")
-            write_card(folder, with_given(run_facts(self, folder, self._teacher_metrics), given))
 
     def evaluate_teacher(self, eval_dataset: Any = None) -> dict[str, float]:
         """Measure the dense teacher as `evaluate` measures the student, for the comparison in the model card.

@@ -214,9 +214,13 @@ def test_a_page_whose_tables_are_not_those_of_the_results_is_refused() -> None:
 
 def test_plots_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib").use("agg")
-    accuracy_report.plot_shares(results_of(), tmp_path / "a.png")
-    accuracy_report.plot_courses(results_of(), "qnli", tmp_path / "b.png")
-    assert all((tmp_path / name).read_bytes()[:4] == b"\x89PNG" for name in ("a.png", "b.png"))
+    results = results_of()
+    accuracy_report.plot_shares(results, tmp_path / "bars.png")
+    accuracy_report.plot_courses(results, "qnli", tmp_path / "courses.png")
+    results["cells"][1]["sparsity"] = 0.9
+    accuracy_report.plot_shares(results, tmp_path / "lines.png")
+    for name in ("bars.png", "courses.png", "lines.png"):
+        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
 
 
 def test_the_page_shows_what_the_results_hold() -> None:

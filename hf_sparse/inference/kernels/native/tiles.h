@@ -88,14 +88,29 @@ HFS_INLINE void for_results(const Place& place) {
     }
 }
 
+// Whether the pairs of a chunk follow each other, as in a dense weight or in wide blocks: they are a tile where they stand.
+template <typename Kind>
+HFS_INLINE bool stands(const int32_t* column) {
+    if (Kind::COLUMNS > 1 || column[CHUNK - 1] != column[0] + CHUNK - 1) return false;
+    bool follow = true;
+    for (int i = 1; i < CHUNK - 1; i++) follow &= column[i] == column[0] + i;
+    return follow;
+}
+
+// The tile of activations of vector t: at + t * step, rows `stride` bytes apart.
+struct ChunkPlace {
+    const uint32_t* at;
+    int64_t step, stride;
+};
+
 // Vectors t to T of one chunk. Two tiles of weights change places, so that each vector meets both.
 template <typename Kind, int H, int T, int t>
-HFS_INLINE void multiply_chunk(const typename Kind::Word* x, const uint32_t* now, uint32_t* later, const int32_t* ahead,
+HFS_INLINE void multiply_chunk(const typename Kind::Word* x, const ChunkPlace& now, uint32_t* later, const int32_t* ahead,
                                const uint32_t* first, const uint32_t* second) {
     if constexpr (t < T) {
         constexpr int h = H == 2 ? t % 2 : 0;
         if (ahead) gather_chunk<Kind, T>(x + t * 16, ahead, later + t * CHUNK * 16);
-        tile_load<7>(now + t * CHUNK * 16, 64);
+        tile_load<7>(now.at + t * now.step, now.stride);
         tile_dot<h * 3 + t, 6, 7>();
         if constexpr (H == 2) {
             tile_load<6>(h ? first : second, 64);
@@ -116,7 +131,7 @@ static void tiles_rows(Tiles<T>& tiles, const typename Kind::Word* __restrict x,
     if (bias) {
         for (int64_t r = 0; r < rows; r++) store<16>(start + r * 16, splat<16>(bias[r]));
     }
-    if (panel.n && tiles.ready != column) {
+    if (panel.n && tiles.ready != column && !stands<Kind>(column)) {
         HFS_UNROLL
         for (int t = 0; t < T; t++) gather_chunk<Kind, T>(x + t * 16, column, tiles.gathered[tiles.turn][t]);
     }
@@ -128,11 +143,13 @@ static void tiles_rows(Tiles<T>& tiles, const typename Kind::Word* __restrict x,
         }
     });
     for (int64_t j = panel.n; j > 0; j--) {
-        const uint32_t* now = tiles.gathered[tiles.turn][0];
+        ChunkPlace now = {tiles.gathered[tiles.turn][0], CHUNK * 16, 64};
+        if (stands<Kind>(column)) now = {(const uint32_t*)x + column[0] * G, 16, G * (int64_t)sizeof(uint32_t)};
         tiles.turn = 1 - tiles.turn;
         column = j > 1 ? column + CHUNK * Kind::COLUMNS : next;
+        const int32_t* ahead = column && !stands<Kind>(column) ? column : nullptr;
         tile_load<6>(values, 64);
-        multiply_chunk<Kind, H, T, 0>(x, now, tiles.gathered[tiles.turn][0], column, values, values + second * CHUNK);
+        multiply_chunk<Kind, H, T, 0>(x, now, tiles.gathered[tiles.turn][0], ahead, values, values + second * CHUNK);
         values += panel.height * CHUNK;
     }
     if (panel.n) tiles.ready = next;
