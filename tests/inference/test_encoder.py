@@ -306,7 +306,11 @@ CHANGES: dict[str, tuple[Change, Callable[[Any], Tensor], bool]] = {
     "plain linear": (_replace("output.dense", lambda _: _seeded_linear()), hidden, True),
     "heads cut off": (_shape_attention, hidden, False),
     "scaling": (lambda m: (setattr(layer(m).attention.self, "scaling", 0.5), m.train().eval()), hidden, False),
-    "causal attention": (lambda m: (setattr(layer(m).attention.self, "is_causal", True), m.train().eval()), hidden, False),
+    "causal attention": (
+        lambda m: (setattr(layer(m).attention.self, "is_causal", True), m.train().eval()),
+        hidden,
+        False,
+    ),
     "own attention": (_own_attention, hidden, False),
     "eager attention": (lambda m: m.set_attn_implementation("eager"), hidden, True),
     "parametrized": (
