@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from hf_sparse.inference.kernels import (
     BlockIndex,
     CountsTokens,
     LayerSpec,
+    backend_for_few,
     choose_backend,
     get_backend,
     requested_backend,
@@ -79,6 +81,7 @@ class Prepared:
         state: what `backend.prepare` gave.
         dtype: of x and of the result.
         few: calls with fewer tokens run dense.
+        many: calls with more tokens run dense.
         dense: [O, I], the weight for those calls; None where there are none.
     """
 
@@ -89,6 +92,7 @@ class Prepared:
     state: Any
     dtype: torch.dtype
     few: int
+    many: int
     dense: Tensor | None
 
     @classmethod
@@ -105,8 +109,12 @@ class Prepared:
             ValueError: if a forced backend cannot be used.
         """
         name, values = requested_backend(), weight.detach().to(dtype)
-        backend = choose_backend(LayerSpec(layer=index.layer, device=values.device, dtype=values.dtype), name)
-        few, dense = 1, None
+        spec = LayerSpec(layer=index.layer, device=values.device, dtype=values.dtype)
+        backend = choose_backend(spec, name)
+        few, many, dense = 1, sys.maxsize, None
+        if name == "auto" and backend.name == "dense" and (choice := backend_for_few(spec)):
+            backend, many = choice
+            dense = to_dense(values, index)
         with torch.no_grad():
             state = backend.prepare(values, index)
             if name == "auto" and isinstance(backend, CountsTokens):
@@ -116,7 +124,7 @@ class Prepared:
                     state = backend.prepare(values, index)
                 elif wins_from > 1:
                     few, dense = wins_from, to_dense(values, index)
-        return cls(Stamp(weight), Stamp(bitmap), backend, index, state, dtype, few, dense)
+        return cls(Stamp(weight), Stamp(bitmap), backend, index, state, dtype, few, many, dense)
 
     def fits(self, weight: Tensor, bitmap: Tensor | None, dtype: torch.dtype) -> bool:
         """Tell whether weight and bitmap are still those it was made of, and the dtype the one that is asked for."""
@@ -124,7 +132,7 @@ class Prepared:
 
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Compute [M, O] from x [M, I]."""
-        if self.dense is not None and x.shape[0] < self.few:
+        if self.dense is not None and not self.few <= x.shape[0] <= self.many:
             return linear(x, self.dense, bias)
         return self.backend.run(x, self.state, bias, None)
 

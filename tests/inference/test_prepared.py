@@ -69,6 +69,31 @@ def test_few_tokens_run_dense_and_many_do_not(plain: None, monkeypatch: pytest.M
     assert backend.from_tokens(module._prepared.state) == few
 
 
+def test_many_tokens_run_dense_and_few_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend: Any = get_backend("cpu")
+    if not backend.available()[0]:
+        pytest.skip(backend.available()[1])
+    seen: list[int] = []
+    run = type(backend).run
+
+    def spy(self: Any, x: torch.Tensor, *args: Any) -> torch.Tensor:
+        seen.append(x.shape[0])
+        return run(self, x, *args)
+
+    monkeypatch.setenv("HF_SPARSE_BACKEND", "auto")
+    monkeypatch.setattr(registry, "PREFERENCE", ("cpu", "dense"))
+    monkeypatch.setattr(type(backend), "wins", lambda self, spec: False)
+    monkeypatch.setattr(type(backend), "until_tokens", lambda self, spec: 8)
+    monkeypatch.setattr(type(backend), "run", spy)
+    weight, module = layer((64, 48), (8, 1), 0.5)
+    with torch.no_grad():
+        for tokens in (1, 8, 9, 100):
+            x = torch.randn(tokens, 48)
+            torch.testing.assert_close(module(x), x @ weight.t() + 1, rtol=1e-4, atol=1e-4)
+    assert seen == [1, 8]
+    assert (module.backend(), module._prepared.many) == ("cpu", 8)
+
+
 def test_layers_that_never_win_are_held_dense_alone(plain: None) -> None:
     # Few wide blocks in a small layer: padding and calls cost more than the arithmetic saved.
     _, module = layer((64, 64), (32, 32), 0.25)

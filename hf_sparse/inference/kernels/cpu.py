@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_sparse.core.packing import FormatError
 from hf_sparse.inference.kernels import library
 from hf_sparse.inference.kernels.bands import CHUNK, MAX_INDEX, Bands, Chunks, to_bands, to_chunks
-from hf_sparse.inference.kernels.cpu_limits import density_limit
+from hf_sparse.inference.kernels.cpu_limits import density_limit, few_tokens
 from hf_sparse.inference.kernels.registry import BlockIndex, LayerSpec, register
 
 PAIRS_ISAS = ("avx512bf16", "amx")
@@ -87,6 +87,10 @@ class CpuBackend:
         """Where it is measured to be at least as fast as dense for any number of tokens."""
         tiles = (self._isa or library.choose_isa()) == TILES_ISA
         return spec.density <= density_limit(spec, tiles)
+
+    def until_tokens(self, spec: LayerSpec) -> int:
+        """Give up to how many tokens it beats dense where `wins` says no; 0 for none."""
+        return few_tokens(spec, (self._isa or library.choose_isa()) == TILES_ISA)
 
     def prepare(self, values: Tensor, index: BlockIndex) -> CpuWeight:
         """Lay the blocks out in bands.

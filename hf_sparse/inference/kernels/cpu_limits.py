@@ -14,7 +14,7 @@ import torch
 from hf_sparse.inference.kernels.registry import LayerSpec
 
 # By the least height of a block. The highest bands lose a little at a few tokens of long rows.
-_LIMITS = {32: 0.5, 8: 0.7, 4: 0.5, 2: 0.4, 1: 0.2}
+_LIMITS = {32: 0.6, 8: 0.7, 4: 0.5, 2: 0.4, 1: 0.2}
 # Row segments, rows of x up to 1024 features; longer ones do not stay in the first-level cache.
 _SEGMENTS_LIMIT, _LONG_SEGMENTS_LIMIT = 0.35, 0.25
 # Where dense bfloat16 has matrix tiles, and so have we, in times of one dense weight: a kept weight, by the least
@@ -25,6 +25,9 @@ _TILES_ODD_WIDTH = 1.65
 _TILES_FEATURE = 120
 # Where dense bfloat16 has matrix tiles, and we do without.
 _NO_TILES_LIMIT = 0.05
+# Torch packs a dense bfloat16 weight anew in every call, which is most of the time of a call with few tokens: up to so
+# many, tiles are faster than that even where they lose to it with many. Measured for blocks of 8 rows and more.
+_FEW_TOKENS, _FEW_TOKENS_LIMIT, _FEW_TOKENS_HEIGHT = 64, 0.6, 8
 
 
 @cache
@@ -57,6 +60,17 @@ def density_limit(spec: LayerSpec, tiles: bool) -> float:
     if height == 1 and width % 4 == 0:
         return _SEGMENTS_LIMIT if spec.layer.dense_shape[1] <= 1024 else _LONG_SEGMENTS_LIMIT
     return _for_height(_LIMITS, height)
+
+
+def few_tokens(spec: LayerSpec, tiles: bool) -> int:
+    """Give the number of tokens up to which a layer denser than `density_limit` still beats dense; 0 for none.
+
+    Args:
+        spec: the layer, float32 or bfloat16.
+        tiles: whether the kernels use matrix tiles for bfloat16.
+    """
+    known = tiles and spec.dtype == torch.bfloat16 and spec.layer.block_shape[0] >= _FEW_TOKENS_HEIGHT
+    return _FEW_TOKENS if known and spec.density <= _FEW_TOKENS_LIMIT else 0
 
 
 def _for_height(numbers: dict[int, float], height: int) -> float:

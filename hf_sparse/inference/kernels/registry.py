@@ -113,6 +113,14 @@ class CountsTokens(Protocol):
         """Give the number of tokens from which it is measured to beat dense; None where it never does."""
 
 
+@runtime_checkable
+class WinsForFew(Protocol):
+    """A backend that beats dense for few tokens where it does not for many; "auto" then runs those calls with it."""
+
+    def until_tokens(self, spec: LayerSpec) -> int:
+        """Give the number of tokens up to which it is measured to beat dense though `wins` says no; 0 for none."""
+
+
 _BACKENDS: dict[str, Backend] = {}
 
 
@@ -205,6 +213,15 @@ def choose_backend(spec: LayerSpec, name: str | None = None) -> Backend:
             if backend.supports(spec)[0] and backend.wins(spec):
                 return backend
     return get_backend("dense")
+
+
+def backend_for_few(spec: LayerSpec) -> tuple[Backend, int] | None:
+    """Pick a backend for few tokens of a layer that "auto" runs dense, and say how many tokens that is; or None."""
+    for name in PREFERENCE:
+        backend = get_backend(name) if _usable(name) else None
+        if isinstance(backend, WinsForFew) and backend.supports(spec)[0] and (tokens := backend.until_tokens(spec)):
+            return backend, tokens
+    return None
 
 
 @cache

@@ -249,7 +249,7 @@ def _wins(block: tuple[int, int], shape: tuple[int, int], density: float, dtype:
 @pytest.mark.parametrize(
     ("block", "shape", "at_most"),
     [
-        *(((8, 1), (64, 64), 0.7), ((8, 2), (64, 64), 0.7), ((32, 32), (1280, 1280), 0.5), ((4, 1), (64, 64), 0.5)),
+        *(((8, 1), (64, 64), 0.7), ((8, 2), (64, 64), 0.7), ((32, 32), (1280, 1280), 0.6), ((4, 1), (64, 64), 0.5)),
         *(((2, 1), (64, 64), 0.4), ((1, 1), (64, 64), 0.2)),
         *(((1, 8), (64, 64), 0.35), ((1, 6), (64, 66), 0.2), ((1, 8), (64, 2048), 0.25)),
     ],
@@ -281,6 +281,22 @@ def test_matrix_tiles_win_up_to_a_density(
     monkeypatch.setattr(cpu_limits, "has_amx", lambda: True)
     assert _wins(block, shape, at_most, torch.bfloat16, "amx")
     assert not _wins(block, shape, at_most + 0.01, torch.bfloat16, "amx")
+
+
+@pytest.mark.parametrize(
+    ("block", "density", "dtype", "isa", "tokens"),
+    [
+        *(((8, 1), 0.5, torch.bfloat16, "amx", 64), ((8, 1), 0.7, torch.bfloat16, "amx", 0)),
+        *(((4, 2), 0.5, torch.bfloat16, "amx", 0), ((8, 1), 0.5, torch.float32, "amx", 0)),
+        ((8, 1), 0.5, torch.bfloat16, "avx512bf16", 0),
+    ],
+)
+def test_wins_for_few_tokens(
+    block: tuple[int, int], density: float, dtype: torch.dtype, isa: str, tokens: int
+) -> None:
+    kept = int(density * (64 // block[0]) * (64 // block[1]))
+    spec = LayerSpec(LayerFormat(block_shape=block, kept=kept, dense_shape=(64, 64)), torch.device("cpu"), dtype)
+    assert CpuBackend(isa).until_tokens(spec) == tokens
 
 
 def test_wrong_calls_are_refused() -> None:

@@ -1,7 +1,5 @@
 // The steps of an encoder on a chunk of sequences, and the phases in which a team of threads takes them.
 #pragma once
-#include <type_traits>
-
 #include "encoder_linear.h"
 #include "encoder_memory.h"
 #include "norm.h"
@@ -24,47 +22,52 @@ struct EncoderChunk : EncoderMemory {
         const int step = (phase - 1) % per_layer;
         if (step == 0) return groups * parts;
         if (step == ATTEND) return groups * e.heads;
-        if (parts == 1) return (groups + span - 1) / span;
+        if (parts == 1) return groups;
         return step == NORM || step == LAST_NORM ? groups : groups * parts;
     }
     void run(int phase, int64_t item) {
-        if (phase == 0) return in_group(item, [&](auto t) { pack_group<t()>(item); });
-        const int64_t number = (phase - 1) / per_layer, part = item % parts;
+        const bool shared = phase > 0 && items(phase) == groups * parts;
+        const int64_t group = phase > 0 && (phase - 1) % per_layer == ATTEND ? item / e.heads
+                              : shared                                       ? item / parts
+                                                                             : item;
+        switch (first_tile(group + 1) - first_tile(group)) {
+            case 1: return run_group<1>(phase, group, item);
+            case 2: return run_group<2>(phase, group, item);
+            default: return run_group<3>(phase, group, item);
+        }
+    }
+
+    template <int T>
+    void run_group(int phase, int64_t group, int64_t item) {
+        if (phase == 0) return pack_group<T>(group);
+        const int64_t number = (phase - 1) / per_layer;
         const hfs_encoder_layer& layer = e.layer[number];
         const bool last = number + 1 == e.layers;
         const int step = (phase - 1) % per_layer;
-        int64_t group = item / parts;
-        if (step == 0) return in_group(group, [&](auto t) { project<t()>(layer, group, part); });
-        if (step == ATTEND) {
-            group = item / e.heads;
-            return in_group(group, [&](auto t) { attend_group<t()>(group, item % e.heads); });
-        }
+        const int64_t part = item % parts;
+        if (step == 0) return project<T>(layer, group, part);
+        if (step == ATTEND) return attend_group<T>(group, item % e.heads);
         if (parts == 1) {
-            // One linear for all groups before the next: its weights stay in the cache.
-            const int64_t first = item * span, end = first + span < groups ? first + span : groups;
-            const auto each = [&](auto work) {
-                for (group = first; group < end; group++) in_group(group, work);
-            };
-            each([&](auto t) { output<t()>(layer, group, 0), norm<t()>(layer, group, 0, false); });
-            each([&](auto t) { up<t()>(layer, group, 0); });
-            return each([&](auto t) { down<t()>(layer, group, 0), norm<t()>(layer, group, 1, last); });
+            float* memory = thread_memory();
+            if (!memory) return;
+            Lanes between;
+            if (!PAIRS) between.singles = memory;
+            if (PAIRS && call.neighbours[INNER]) between.neighbours = (uint32_t*)memory;
+            if (PAIRS && call.couples[INNER]) {
+                between.couples = (uint32_t*)memory + (call.neighbours[INNER] ? (inner + 1) / 2 * T * W : 0);
+            }
+            output<T>(layer, group, 0, 1);
+            norm<T>(layer, group, 0, false);
+            up<T>(layer, group, between, 0, 1);
+            down<T>(layer, group, between, 0, 1);
+            return norm<T>(layer, group, 1, last);
         }
-        if (step == NORM || step == LAST_NORM) {
-            return in_group(item, [&](auto t) { norm<t()>(layer, item, step == LAST_NORM, last && step == LAST_NORM); });
-        }
-        in_group(group, [&](auto t) {
-            if (step == OUTPUT) output<t()>(layer, group, part);
-            if (step == UP) up<t()>(layer, group, part);
-            if (step == DOWN) down<t()>(layer, group, part);
-        });
-    }
-    // Call work with the number of tiles in a group, as a type.
-    template <typename Work>
-    void in_group(int64_t group, const Work& work) const {
-        switch (first_tile(group + 1) - first_tile(group)) {
-            case 1: return work(std::integral_constant<int, 1>());
-            case 2: return work(std::integral_constant<int, 2>());
-            default: return work(std::integral_constant<int, 3>());
+        switch (step) {
+            case OUTPUT: return output<T>(layer, group, part, parts);
+            case NORM: return norm<T>(layer, group, 0, false);
+            case UP: return up<T>(layer, group, of(ff, group, inner), part, parts);
+            case DOWN: return down<T>(layer, group, of(ff, group, inner), part, parts);
+            default: return norm<T>(layer, group, 1, last);
         }
     }
 
@@ -245,14 +248,13 @@ struct EncoderChunk : EncoderMemory {
     }
 
     template <int T>
-    void output(const hfs_encoder_layer& layer, int64_t group, int64_t part) {
-        linear_lanes<T, W>(*layer.weight[3], layer.bias[3], of(attention, group, width), part, parts,
+    void output(const hfs_encoder_layer& layer, int64_t group, int64_t part, int64_t of_parts) {
+        linear_lanes<T, W>(*layer.weight[3], layer.bias[3], of(attention, group, width), part, of_parts,
                   of(normed.singles, group, e.hidden), Nothing());
     }
     template <int T>
-    void up(const hfs_encoder_layer& layer, int64_t group, int64_t part) {
-        const Lanes out = of(ff, group, inner);
-        linear_lanes<T, W>(*layer.weight[4], layer.bias[4], of(normed, group, e.hidden), part, parts, nullptr,
+    void up(const hfs_encoder_layer& layer, int64_t group, const Lanes& out, int64_t part, int64_t of_parts) {
+        linear_lanes<T, W>(*layer.weight[4], layer.bias[4], of(normed, group, e.hidden), part, of_parts, nullptr,
                   [&](int64_t row, int64_t rows, float* strip) {
                       activate_results<W, PAIRS>(strip, rows * T * W, e.activation);
 #if defined(HFS_PAIRS)
@@ -263,10 +265,9 @@ struct EncoderChunk : EncoderMemory {
                   });
     }
     template <int T>
-    void down(const hfs_encoder_layer& layer, int64_t group, int64_t part) {
-        const Lanes in = of(ff, group, inner);
+    void down(const hfs_encoder_layer& layer, int64_t group, const Lanes& in, int64_t part, int64_t of_parts) {
         // The residual is in `normed`; the sum grows in `hidden`, which this layer has read.
-        linear_lanes<T, W>(*layer.weight[5], layer.bias[5], in, part, parts, of(hidden.singles, group, e.hidden), Nothing());
+        linear_lanes<T, W>(*layer.weight[5], layer.bias[5], in, part, of_parts, of(hidden.singles, group, e.hidden), Nothing());
     }
 
     // normed = LayerNorm(normed + hidden) after attention; hidden = LayerNorm(hidden + normed) at the end of a layer.

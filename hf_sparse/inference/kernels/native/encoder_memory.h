@@ -44,7 +44,7 @@ struct EncoderMemory {
     const int threads;
     const bool tiled;  // whether attention is by matrix tiles, which take the features of a head by 32
     const int64_t value_stride;
-    int64_t groups, parts, span;  // span: groups that one item takes through a layer
+    int64_t groups, parts;
     int per_layer;
     int failed = 0;
     Lanes hidden, attention, normed, ff;
@@ -60,7 +60,6 @@ struct EncoderMemory {
         if (threads > 1) groups = (groups + threads - 1) / threads * threads;
         if (threads > 1 && groups > tiles / 2) groups = tiles > 1 ? tiles / 2 : 1;
         parts = groups >= threads ? 1 : (2 * threads + groups - 1) / groups;
-        span = (groups + threads - 1) / threads;
         per_layer = parts > 1 ? 7 : 3;
     }
 
@@ -98,17 +97,22 @@ struct EncoderMemory {
         take_words(attention, ATTENTION, width);
         normed.singles = take(e.hidden);
         take_words(normed, NORMED, e.hidden);
-        if (!PAIRS) ff.singles = take(inner);
-        take_words(ff, INNER, inner);
+        if (parts > 1) {
+            if (!PAIRS) ff.singles = take(inner);
+            take_words(ff, INNER, inner);
+        }
         claims = (int32_t*)(memory ? memory + used : nullptr);
         return used + most_items();
     }
-    // The same for what one thread has for itself: scores and results of a head, and keys on their way.
+    // The same for one group in memory of one thread: what is between the two linears of the feed-forward part.
     int64_t private_words() const {
         const int64_t most = MOST_TILES * W;
-        return KEY_TILES * W * most + e.head_size * most + 2 * call.tiles * (int64_t)(sizeof(Tile<Word>) / 4) +
-               (tiled && parts == 1 ? width * most : 0) + 64;
+        const int64_t inner_words = (!PAIRS ? inner : 0) + (call.neighbours[INNER] ? (inner + 1) / 2 : 0) +
+                                    (call.couples[INNER] ? inner : 0);
+        return most * (parts > 1 ? 0 : inner_words) + KEY_TILES * W * most + e.head_size * most +
+               2 * call.tiles * (int64_t)(sizeof(Tile<Word>) / 4) + (tiled && parts == 1 ? width * most : 0) + 64;
     }
+
     int64_t most_items() const { return groups * (e.heads > parts ? e.heads : parts); }
 
     // A group's part of a buffer.
