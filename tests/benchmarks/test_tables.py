@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import tables
-from benchmarks.tables import DOCUMENTS, LAYOUTS, RESULTS, fill
+from benchmarks.tables import DOCUMENTS, RESULTS, fill
 
 RESULT = {
     "command": "make demo",
@@ -29,13 +29,6 @@ def results(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
 def test_documents_are_up_to_date(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
-    missing = [
-        stem
-        for name, (stem, _) in LAYOUTS.items()
-        if f":{name} -->" in text and not (RESULTS / f"{stem}.json").is_file()
-    ]
-    if missing:
-        pytest.skip(f"not measured yet: {', '.join(sorted(set(missing)))}")
     assert fill(text, RESULTS) == text, "run make tables"
 
 
