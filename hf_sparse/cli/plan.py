@@ -108,16 +108,21 @@ def _plans(settings: SparseDistillConfig, config_file: Path, total: Any) -> list
 def _size(model: str, settings: SparseDistillConfig, revision: str | None, token: str | None) -> SparsityReport:
     from hf_sparse.cli.support import is_compressed
     from hf_sparse.core.estimate import estimate
+    from hf_sparse.core.feed_forward import find_feed_forwards, unit_overrides
+    from hf_sparse.core.targets import find_targets
     from hf_sparse.inference.streaming import empty_model
 
     quiet_transformers()
     folder = resolve_model(model, revision, token, weights=False)
     if is_compressed(folder):
         raise ValueError(f"{model} is compressed already: `hf-sparse report {model}` tells what it weighs.")
+    empty, overrides = empty_model(folder), settings.shape_overrides
+    if settings.feed_forward == "units":
+        targets = find_targets(empty, settings.target_modules, settings.exclude_modules)
+        overrides = {**overrides, **unit_overrides(find_feed_forwards(empty, targets))}
     return estimate(
-        empty_model(folder), settings.block_shape, settings.sparsity, settings.shape_overrides,
-        settings.target_modules, settings.exclude_modules,
-    )  # fmt: skip
+        empty, settings.block_shape, settings.sparsity, overrides, settings.target_modules, settings.exclude_modules
+    )
 
 
 def _check_plot(plot: Path, config: Path | None) -> None:

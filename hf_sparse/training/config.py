@@ -15,6 +15,7 @@ from hf_sparse.core.targets import compile_pattern
 from hf_sparse.training.presets import PRESETS
 
 CHOICES: dict[str, tuple[str, ...]] = {
+    "feed_forward": ("blocks", "units"),
     "sparsity_scope": ("layer", "global"),
     "sparsity_schedule": ("cubic", "linear", "one_shot"),
     "importance": ("magnitude", "activation"),
@@ -55,6 +56,11 @@ class SparseDistillConfig(TrainingArguments):
         metadata={
             "help": "JSON object, regular expression of module names -> [height, width]: '{\".*query\": [16, 16]}'."
         },
+    )
+    feed_forward: str = _field(
+        "blocks",
+        'How feed-forward parts are pruned: "blocks" (as all else) or "units" (a unit is a row of what leads in and a '
+        "column of what leads out, removed together).",
     )
     target_modules: str | None = field(
         default=None,
@@ -104,7 +110,7 @@ class SparseDistillConfig(TrainingArguments):
     )
     preset: str | None = field(
         default=None,
-        metadata={"help": "Settings of one paper for the fields that are not given: "
+        metadata={"help": "Settings that belong together, for the fields that are not given: "
                   + ", ".join(f'"{name}"' for name in PRESETS) + "."},
     )  # fmt: skip
     save_format: str = _field(

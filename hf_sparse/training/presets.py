@@ -1,8 +1,10 @@
-"""The settings of the two papers, as values for the fields of `SparseDistillConfig` that the user does not give.
+"""Settings that belong together, as values for the fields of `SparseDistillConfig` that the user does not give.
 
-Source: Sparse Progressive Distillation (Huang et al., ACL 2022) and Efficient Transformer-based Large Scale Language
+"spd" and "block_structured" are two papers; "hybrid" is a choice of block shapes, for engines without sparse kernels.
+
+Sources: Sparse Progressive Distillation (Huang et al., ACL 2022) and Efficient Transformer-based Large Scale Language
 Representations using Hardware-friendly Block Structured Pruning (Li et al., Findings of EMNLP 2020), with the
-constants of their released code.
+constants of their released code; Block Pruning For Faster Transformers (Lagunas et al., EMNLP 2021) for "hybrid".
 """
 
 from __future__ import annotations
@@ -56,5 +58,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "graft_start": 1.0,
         "lr_restart": 0.5,
         "reset_optimizer": True,
+    },
+    # Tiles on attention, whole units on the feed-forward part: what is removed there can be cropped for good.
+    "hybrid": {
+        "block_height": 32,
+        "block_width": 32,
+        "feed_forward": "units",
     },
 }

@@ -8,13 +8,15 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from hf_sparse.core.feed_forward import FeedForward, find_feed_forwards, unit_overrides
 from hf_sparse.core.targets import assign_block_shapes, find_targets, grad_view, weight_view
 from hf_sparse.training.config import SparseDistillConfig
 from hf_sparse.training.distributed import broadcast_from_rank_0_
-from hf_sparse.training.importance import activation
+from hf_sparse.training.importance import activation, magnitude
 from hf_sparse.training.masks import BlockMasks
 from hf_sparse.training.penalty import next_coef, penalty_gradient, proximal_shrink_
 from hf_sparse.training.schedules import StepPlan
+from hf_sparse.training.units import tie_scores
 
 
 class Pruner:
@@ -39,7 +41,12 @@ class Pruner:
                 f"take weights from them that nothing makes up for. Leave them out with exclude_modules, or unfreeze "
                 f"them."
             )
-        shapes = assign_block_shapes(targets, config.block_shape, config.shape_overrides) if active else {}
+        self.parts: list[FeedForward] = []
+        overrides = config.shape_overrides
+        if active and config.feed_forward == "units":
+            self.parts = find_feed_forwards(model, targets)
+            overrides = {**overrides, **unit_overrides(self.parts)}
+        shapes = assign_block_shapes(targets, config.block_shape, overrides) if active else {}
         self.masks = BlockMasks(targets, shapes, config.sparsity_scope)
         self.masks.check_budgets(config.sparsity)
         self.coefs: dict[str, Tensor] = {}
@@ -60,10 +67,7 @@ class Pruner:
             self.coefs = {n: next_coef(w, self.masks.block_shapes[n], epsilon) for n, w in self.masks.weights()}
             broadcast_from_rank_0_(self.coefs.values())
         if plan.update_masks:
-            if self.config.importance == "magnitude":
-                self.masks.choose(plan.sparsity)
-            else:
-                self.masks.choose(plan.sparsity, self._scores(measure))
+            self.masks.choose(plan.sparsity, tie_scores(self._scores(measure), self.parts))
             broadcast_from_rank_0_(self.masks.masks.values())
             self.masks.apply_()
 
@@ -140,6 +144,8 @@ class Pruner:
             )
 
     def _scores(self, measure: Callable[[], Mapping[str, Tensor]] | None) -> dict[str, Tensor]:
+        if self.config.importance == "magnitude":
+            return {name: magnitude(w, self.masks.block_shapes[name]) for name, w in self.masks.weights()}
         if measure is None:
             raise ValueError(f"importance={self.config.importance!r} looks at a batch: pass measure to begin_step.")
         rms = measure()

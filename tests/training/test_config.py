@@ -18,9 +18,9 @@ from tests.training.tiny import CHECKPOINTING
 QUIET = {"output_dir": "out", "use_cpu": True, "report_to": "none"}
 
 DEFAULTS = {
-    "block_height": 8, "block_width": 1, "block_overrides": None, "target_modules": None, "exclude_modules": None,
-    "sparsity": 0.8, "sparsity_scope": "layer", "sparsity_schedule": "cubic", "sparsity_start": 0.0,
-    "sparsity_end": 0.6, "mask_updates": 100, "importance": "magnitude", "penalty_form": "loss",
+    "block_height": 8, "block_width": 1, "block_overrides": None, "feed_forward": "blocks", "target_modules": None,
+    "exclude_modules": None, "sparsity": 0.8, "sparsity_scope": "layer", "sparsity_schedule": "cubic",
+    "sparsity_start": 0.0, "sparsity_end": 0.6, "mask_updates": 100, "importance": "magnitude", "penalty_form": "loss",
     "penalty_reweights": 4, "penalty_epsilon": 1e-3, "task_weight": 0.5, "kd_weight": 0.5, "kd_temperature": 2.0,
     "hidden_weight": 0.0, "attention_weight": 0.0, "graft_start": 1.0, "graft_hold": 0.0, "graft_end": 0.8,
     "lr_restart": 0.0, "reset_optimizer": False, "train_only_layers": False, "preset": None,
@@ -29,9 +29,10 @@ DEFAULTS = {
 
 # A value that differs from the default, for every field, as one would type it.
 OTHERS = {
-    "block_height": 16, "block_width": -1, "block_overrides": '{".*query": [4, 4]}', "target_modules": ".*dense",
-    "exclude_modules": ".*output.*", "sparsity": 0.5, "sparsity_scope": "global", "sparsity_schedule": "linear",
-    "sparsity_start": 0.1, "sparsity_end": 0.7, "mask_updates": 7, "importance": "magnitude", "penalty_weight": 0.25,
+    "block_height": 16, "block_width": -1, "block_overrides": '{".*query": [4, 4]}', "feed_forward": "units",
+    "target_modules": ".*dense", "exclude_modules": ".*output.*", "sparsity": 0.5, "sparsity_scope": "global",
+    "sparsity_schedule": "linear", "sparsity_start": 0.1, "sparsity_end": 0.7, "mask_updates": 7,
+    "importance": "magnitude", "penalty_weight": 0.25,
     "penalty_form": "proximal", "penalty_reweights": 2, "penalty_epsilon": 0.01, "task_weight": 0.75,
     "kd_weight": 0.25, "kd_temperature": 4.0, "hidden_weight": 1.5, "attention_weight": 2.5, "graft_start": 0.5,
     "graft_hold": 0.25, "graft_end": 0.75, "lr_restart": 0.6, "reset_optimizer": True, "train_only_layers": True,
@@ -127,12 +128,13 @@ def test_overrides_may_be_an_object_in_a_file() -> None:
         ("block_width", True, r"block_width=True is not a block size"),
         ("lr_restart", 1.0, r"lr_restart=1\.0 must be a number in \[0, 1\)"),
         ("reset_optimizer", True, r"reset_optimizer=True has no effect with lr_restart=0"),
+        ("feed_forward", "rows", r"feed_forward='rows' is not known: use one of \['blocks', 'units'\]"),
         ("sparsity_scope", "model", r"sparsity_scope='model' is not known: use one of \['layer', 'global'\]"),
         ("sparsity_schedule", "cosine", r"sparsity_schedule='cosine'.*'cubic', 'linear', 'one_shot'"),
         ("importance", "random", r"importance='random' is not known: use one of .*'magnitude'"),
         ("penalty_form", "l1", r"penalty_form='l1'.*'loss', 'proximal'"),
         ("save_format", "zip", r"save_format='zip'.*'compressed', 'dense'"),
-        ("preset", "bert", r"preset='bert' is not known: use one of \['block_structured', 'spd'\], or None"),
+        ("preset", "bert", r"preset='bert' is not known: use one of \['block_structured', 'hybrid', 'spd'\], or None"),
         ("sparsity_start", -0.5, r"sparsity_start=-0\.5 must be a number in \[0, 1\]"),
         ("sparsity_end", 1.5, r"sparsity_end=1\.5 must be a number in \[0, 1\]"),
         ("graft_start", 2, r"graft_start=2 must be a number in \[0, 1\]"),
