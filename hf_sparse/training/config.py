@@ -12,12 +12,14 @@ from transformers import TrainingArguments
 
 from hf_sparse.core.blocks import BlockShape
 from hf_sparse.core.targets import compile_pattern
+from hf_sparse.training.layerwise import LayerMap, parse_layer_map
 from hf_sparse.training.presets import PRESETS
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "feed_forward": ("blocks", "units"),
     "sparsity_scope": ("layer", "global"),
     "sparsity_schedule": ("cubic", "linear", "one_shot"),
+    "embedding_pooling": ("mean", "cls", "last"),
     "importance": ("magnitude", "activation"),
     "penalty_form": ("loss", "proximal"),
     "save_format": ("compressed", "dense"),
@@ -92,11 +94,23 @@ class SparseDistillConfig(TrainingArguments):
     )
     penalty_epsilon: float = _field(1e-3, "Keeps coef finite at a block of zeros.")
     task_weight: float = _field(0.5, "Weight of the task loss; 1.0 where there is no teacher, unless given.")
-    kd_weight: float = _field(0.5, "Weight of the distillation of the teacher's logits.")
+    kd_weight: float = _field(0.5, "Weight of the distillation of the teacher's logits, or of its embedding.")
     kd_temperature: float = _field(2.0, "Temperature of the distillation of logits.")
+    embedding_pooling: str = _field(
+        "mean",
+        'How kd_weight makes an embedding of hidden states, for models without logits: "mean" of the real tokens, '
+        '"cls" (the first) or "last" (the last real one).',
+    )
     hidden_weight: float = _field(0.0, "Weight of the mean squared error between hidden states, summed over layers.")
     attention_weight: float = _field(
         0.0, "Weight of the mean squared error between attention maps, summed over layers."
+    )
+    layer_map: str | None = field(
+        default=None,
+        metadata={
+            "help": 'Which teacher layer each layer learns from, for hidden_weight and attention_weight: "uniform", '
+            "or a JSON list with one number (from 0) or null per layer. None = one to one."
+        },
     )
     graft_start: float = _field(1.0, "Probability, at the start, that a layer runs the student; 1 = no grafting.")
     graft_hold: float = _field(0.0, "Fraction of training up to which the graft probability stays at graft_start.")
@@ -177,6 +191,11 @@ class SparseDistillConfig(TrainingArguments):
         for name in ("target_modules", "exclude_modules"):
             if getattr(self, name) is not None:
                 compile_pattern(name, getattr(self, name))
+        if self.teacher_layers is not None and not (self.hidden_weight or self.attention_weight):
+            raise ValueError(
+                f"layer_map={self.layer_map!r} has no effect with hidden_weight=0 and attention_weight=0: "
+                f"set one of them, or leave it out."
+            )
         self.shape_overrides  # noqa: B018 (parsed here so that a mistake is refused at construction)
 
     def _check_number(
@@ -216,6 +235,11 @@ class SparseDistillConfig(TrainingArguments):
         for pattern in parsed:
             compile_pattern("block_overrides", pattern)
         return {pattern: (shape[0], shape[1]) for pattern, shape in parsed.items()}
+
+    @property
+    def teacher_layers(self) -> str | LayerMap | None:
+        """`layer_map` parsed: None, "uniform" or one entry per layer."""
+        return parse_layer_map(self.layer_map)
 
     @property
     def needs_teacher(self) -> bool:

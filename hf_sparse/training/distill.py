@@ -1,4 +1,4 @@
-"""What the student learns from the teacher: losses on logits, hidden states and attention maps. Pure functions.
+"""What the student learns from the teacher: losses on logits, embeddings, hidden states, attention. Pure functions.
 
 Every loss is a mean over samples (or, per token, over the tokens that count), so that a micro-batch's share in the
 whole batch can be put right by one factor. Padding never counts.
@@ -8,12 +8,13 @@ Shape letters: B batch, T tokens, V classes or vocabulary, H heads, D hidden siz
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from hf_sparse.training.chunked import soft_divergence
 
 KINDS = ("classes", "multi_label", "regression")
 
@@ -59,28 +60,34 @@ def distillation_loss(
             f"student logits {list(student_logits.shape)} and teacher logits {list(teacher_logits.shape)} differ in "
             f"shape: teacher and student must have the same labels, or set kd_weight=0."
         )
+    if kind == "classes":
+        per_item = soft_divergence(student_logits, teacher_logits, temperature)
+        return per_item.mean() if mask is None else _masked_mean(per_item, mask)
     student, teacher = student_logits.float(), teacher_logits.detach().float()
     if kind == "regression":
         per_item = (student - teacher).square().mean(-1)
-    elif kind == "multi_label":
+    else:
         student, teacher = student / temperature, teacher / temperature
         soft, other = teacher.sigmoid(), (-teacher).sigmoid()
         entropy = soft * F.logsigmoid(teacher) + other * F.logsigmoid(-teacher)
         cross = soft * F.logsigmoid(student) + other * F.logsigmoid(-student)
         per_item = (entropy - cross).mean(-1) * temperature**2
-    else:
-        log_student, log_teacher = F.log_softmax(student / temperature, -1), F.log_softmax(teacher / temperature, -1)
-        per_item = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1) * temperature**2
     return per_item.mean() if mask is None else _masked_mean(per_item, mask)
 
 
-def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], attention_mask: Tensor | None = None) -> Tensor:
+def hidden_loss(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    attention_mask: Tensor | None = None,
+    projection: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Compute the mean squared error between hidden states, summed over layers.
 
     Args:
         student: one [B, T, D] per layer.
         teacher: as many, same shapes, treated as constant.
         attention_mask: [B, T], nonzero = real token; None = all real.
+        projection: makes the student's states as wide as the teacher's; None where they are.
 
     Returns:
         A scalar, float32. Each sample counts the same, however many tokens it has.
@@ -90,6 +97,8 @@ def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], attention_
 
     Source: Sparse Progressive Distillation (ACL 2022), whose released code also counts padding.
     """
+    if projection is not None:
+        student = [projection(states.float()) for states in student]
     _check_layers("hidden states", student, teacher)
     attention_mask = _one_row_per_sample(attention_mask)
     errors = [(s.float() - t.detach().float()).square().mean(-1) for s, t in zip(student, teacher, strict=True)]
@@ -125,77 +134,33 @@ def attention_loss(
     return torch.stack([_per_sample(error, pairs).mean() for error in errors]).sum()
 
 
-def logits_loss(
-    student: Any, teacher: Any, inputs: Mapping[str, Tensor], config: Any, temperature: float, shifted: bool
-) -> Tensor:
-    """Compute the distillation loss that fits the task of a model, told from its outputs.
-
-    Start and end logits: extractive QA, padding left out. [B, V]: classes, several labels or a score, as
-    `config.problem_type` says. [B, T, V]: per token, where a label counts (is not -100), or else at real tokens.
+def embedding_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Compute how far the student's embeddings are from the teacher's, relative to their length.
 
     Args:
-        student, teacher: model outputs with `.logits`, or `.start_logits` and `.end_logits`.
-        inputs: what the model was called with.
-        config: the student's model config.
-        temperature: > 0.
-        shifted: whether position i predicts label i + 1 (causal language models).
+        student: [B, D].
+        teacher: [B, D], treated as constant.
 
     Returns:
-        A scalar, float32.
-    """
-    attention_mask = inputs.get("attention_mask")
-    if output(student, "start_logits") is not None:
-        sides = [(output(student, s), output(teacher, s)) for s in ("start_logits", "end_logits")]
-        if attention_mask is not None:
-            padding = attention_mask == 0
-            sides = [(s.masked_fill(padding, -1e4), t.masked_fill(padding, -1e4)) for s, t in sides]
-        losses = [distillation_loss(s, t, temperature) for s, t in sides]
-        return (losses[0] + losses[1]) / 2
-    unit = logits_unit(student, inputs)
-    student_logits, teacher_logits = output(student, "logits"), output(teacher, "logits")
-    if student_logits.ndim == 2:
-        problem = getattr(config, "problem_type", None)
-        if problem == "regression" or (problem is None and student_logits.shape[-1] == 1):
-            return distillation_loss(student_logits, teacher_logits, kind="regression")
-        kind = "multi_label" if problem == "multi_label_classification" else "classes"
-        return distillation_loss(student_logits, teacher_logits, temperature, kind)
-    mask = None
-    if unit == "items":
-        mask = inputs["labels"] != -100
-    elif unit == "tokens":
-        mask = inputs["attention_mask"].bool()
-    if shifted:
-        student_logits, teacher_logits = student_logits[:, :-1], teacher_logits[:, :-1]
-        mask = None if mask is None else mask[:, 1:]
-    return distillation_loss(student_logits, teacher_logits, temperature, mask=mask)
-
-
-def output(outputs: Any, name: str) -> Any:
-    """Give one of a model's outputs, or None; models of transformers return objects, others plain dictionaries."""
-    return outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
-
-
-def logits_unit(student: Any, inputs: Mapping[str, Tensor]) -> str:
-    """Tell of what `logits_loss` is a mean: an entry of `share.UNITS`.
+        A scalar, float32: the mean over samples of ||student - teacher||^2 / ||teacher||^2.
 
     Raises:
-        ValueError: if the model gives no logits that could be distilled.
+        ValueError: if the shapes differ.
+
+    Source: Reimers and Gurevych 2020, squared distance; dividing by the length makes one weight fit all models.
+
+    Example:
+        >>> embedding_loss(torch.tensor([[3.0, 0.0]]), torch.tensor([[3.0, 4.0]]))
+        tensor(0.6400)
     """
-    if output(student, "start_logits") is not None:
-        return "samples"
-    logits = output(student, "logits")
-    if logits is None or logits.ndim not in (2, 3):
-        found = "none" if logits is None else f"logits of shape {list(logits.shape)}"
+    if student.shape != teacher.shape:
         raise ValueError(
-            f"kd_weight needs logits [samples, labels] or [samples, tokens, labels], the model returns {found}: "
-            f"set kd_weight=0."
+            f"the student's embeddings have shape {list(student.shape)}, the teacher's {list(teacher.shape)}: use a "
+            f"teacher whose embeddings are as wide, or kd_weight=0 and hidden_weight, which learns a projection."
         )
-    labels, attention_mask = inputs.get("labels"), inputs.get("attention_mask")
-    if logits.ndim == 3 and labels is not None and labels.shape == logits.shape[:-1]:
-        return "items"
-    if logits.ndim == 3 and attention_mask is not None and attention_mask.shape == logits.shape[:-1]:
-        return "tokens"
-    return "samples"
+    mine, theirs = student.float(), teacher.detach().float()
+    length = theirs.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+    return ((mine - theirs).square().sum(-1) / length).mean()
 
 
 def _one_row_per_sample(mask: Tensor | None) -> Tensor | None:

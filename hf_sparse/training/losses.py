@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_sparse.training.config import SparseDistillConfig
-from hf_sparse.training.distill import attention_loss, hidden_loss, logits_loss, logits_unit, output
+from hf_sparse.training.distill import attention_loss, hidden_loss
 from hf_sparse.training.distributed import sum_over_ranks, world_size
+from hf_sparse.training.layerwise import compared_layers
+from hf_sparse.training.predictions import prediction_loss, prediction_unit
 
 
 def distillation_terms(
@@ -21,6 +23,7 @@ def distillation_terms(
     model_config: Any,
     config: SparseDistillConfig,
     shifted: bool,
+    projections: Mapping[str, nn.Module] | None = None,
 ) -> dict[str, tuple[Tensor, str]]:
     """Compute the distillation losses that a config asks for, unweighted.
 
@@ -30,6 +33,7 @@ def distillation_terms(
         model_config: the student's own config.
         config: weights and temperature.
         shifted: whether position i predicts label i + 1.
+        projections: {side of `compared_layers`: what makes the student's hidden states as wide as the teacher's}.
 
     Returns:
         Any of "loss_kd", "loss_hidden", "loss_attention": a scalar, and of what it is a mean (`share.UNITS`).
@@ -39,14 +43,17 @@ def distillation_terms(
     """
     terms = {}
     if config.kd_weight:
-        loss = logits_loss(student, teacher, inputs, model_config, config.kd_temperature, shifted)
-        terms["loss_kd"] = loss, logits_unit(student, inputs)
+        temperature, pooling = config.kd_temperature, config.embedding_pooling
+        loss = prediction_loss(student, teacher, inputs, model_config, temperature, shifted, pooling)
+        terms["loss_kd"] = loss, prediction_unit(student, inputs)
     if config.hidden_weight:
-        pairs = _pairs(student, teacher, "hidden_states", inputs, "hidden_weight")
-        terms["loss_hidden"] = torch.stack([hidden_loss(s, t, mask) for s, t, mask in pairs]).sum(), "samples"
+        sides = compared_layers(student, teacher, inputs, "hidden_states", "hidden_weight", config.teacher_layers)
+        losses = [hidden_loss(x.student, x.teacher, x.mask, (projections or {}).get(x.name)) for x in sides]
+        terms["loss_hidden"] = torch.stack(losses).sum(), "samples"
     if config.attention_weight:
-        pairs = _pairs(student, teacher, "attentions", inputs, "attention_weight")
-        terms["loss_attention"] = torch.stack([attention_loss(s, t, mask) for s, t, mask in pairs]).sum(), "samples"
+        sides = compared_layers(student, teacher, inputs, "attentions", "attention_weight", config.teacher_layers)
+        losses = [attention_loss(x.student, x.teacher, x.mask) for x in sides]
+        terms["loss_attention"] = torch.stack(losses).sum(), "samples"
     return terms
 
 
@@ -99,24 +106,3 @@ class RunningMeans:
             return {}
         means = sum_over_ranks(torch.stack(list(totals.values()))) / (steps * world_size())
         return dict(zip(totals, means.tolist(), strict=True))
-
-
-def _pairs(student: Any, teacher: Any, kind: str, inputs: Mapping[str, Any], field: str) -> list[tuple[Any, Any, Any]]:
-    # Encoder-decoder models return one set for each side, with a padding mask of its own.
-    sides = [
-        (kind, "attention_mask"),
-        (f"encoder_{kind}", "attention_mask"),
-        (f"decoder_{kind}", "decoder_attention_mask"),
-    ]
-    pairs = []
-    for name, mask in sides:
-        mine, theirs = output(student, name), output(teacher, name)
-        if mine and theirs and all(x is not None for x in (*mine, *theirs)):
-            real = inputs.get(mask)
-            if real is None and name.startswith("decoder_") and inputs.get("labels") is not None:
-                # Without a mask of its own the decoder reads the labels shifted by one: padding is where they end.
-                real = inputs["labels"] != -100
-            pairs.append((mine, theirs, real))
-    if not pairs:
-        raise ValueError(f"{field} needs {kind}, but student or teacher does not return them: set {field}=0.")
-    return pairs

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
-from hf_sparse.core.targets import find_stacks
 from hf_sparse.training.config import SparseDistillConfig
 from hf_sparse.training.graft import graft_sites
+from hf_sparse.training.layerwise import depths, resolve_layer_map
 
 logger = logging.getLogger(__name__)
 
@@ -72,13 +72,8 @@ def check_teacher(student: nn.Module, teacher: nn.Module, config: SparseDistillC
                 f"the other's label2id and id2label."
             )
     for field in ("hidden_weight", "attention_weight"):
-        if weight := getattr(config, field):
-            depth = [sum(map(len, find_stacks(model).values())) for model in (student, teacher)]
-            if depth[0] != depth[1]:
-                raise ValueError(
-                    f"{field}={weight} compares layer by layer, but the model has {depth[0]} layers and the teacher "
-                    f"{depth[1]}: use a teacher of the same depth, or set {field}=0."
-                )
+        if getattr(config, field):
+            _check_depth(student, teacher, field, config)
     if config.hidden_weight:
         asked = f"hidden_weight={config.hidden_weight}"
         _same(mine, theirs, "hidden_size", asked, "hidden states of one size", "hidden_weight=0")
@@ -87,6 +82,28 @@ def check_teacher(student: nn.Module, teacher: nn.Module, config: SparseDistillC
         _same(mine, theirs, "num_attention_heads", asked, "as many attention heads", "attention_weight=0")
     if config.graft_start < 1.0:
         graft_sites(student, teacher)
+
+
+def _check_depth(student: nn.Module, teacher: nn.Module, field: str, config: SparseDistillConfig) -> None:
+    own, others, layers = depths(student), depths(teacher), config.teacher_layers
+    asked = f"{field}={getattr(config, field)} compares layer by layer, but the model has"
+    if len(own) != len(others):
+        raise ValueError(
+            f"{asked} {len(own)} stack(s) of layers and the teacher {len(others)}: use a teacher of the same kind, or "
+            f"set {field}=0."
+        )
+    if layers is None and own != others:
+        raise ValueError(
+            f"{asked} {_counts(own)} layers and the teacher {_counts(others)}: say with layer_map which of them each "
+            f'layer learns from ("uniform" spreads them evenly), use a teacher of the same depth, or set {field}=0.'
+        )
+    if layers is not None:
+        for mine, theirs in zip(own, others, strict=True):
+            resolve_layer_map(layers, mine, theirs)
+
+
+def _counts(numbers: list[int]) -> str:
+    return " + ".join(map(str, numbers))
 
 
 def return_attention_maps(*models: nn.Module) -> None:

@@ -33,7 +33,7 @@ def test_targets_are_exactly_the_linears_inside_the_layers(name: str) -> None:
     assert set(family.outside) <= linears, "the linears outside the layers are there to be left alone"
     assert set(targets) == linears - set(family.outside)
     if family.stacks:
-        inside = [f"{s}.{i}.{n}" for s, names in family.stacks.items() for i in range(2) for n in names]
+        inside = [f"{s}.{i}.{n}" for s, names in family.stacks.items() for i in range(family.layers) for n in names]
         assert sorted(targets) == sorted(inside)
         assert list(find_stacks(model)) == list(family.stacks)
     assert list(targets) == [n for n, _ in model.named_modules() if n in targets], "in the model's own order"

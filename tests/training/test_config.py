@@ -22,6 +22,7 @@ DEFAULTS = {
     "exclude_modules": None, "sparsity": 0.8, "sparsity_scope": "layer", "sparsity_schedule": "cubic",
     "sparsity_start": 0.0, "sparsity_end": 0.6, "mask_updates": 100, "importance": "magnitude", "penalty_form": "loss",
     "penalty_reweights": 4, "penalty_epsilon": 1e-3, "task_weight": 0.5, "kd_weight": 0.5, "kd_temperature": 2.0,
+    "embedding_pooling": "mean", "layer_map": None,
     "hidden_weight": 0.0, "attention_weight": 0.0, "graft_start": 1.0, "graft_hold": 0.0, "graft_end": 0.8,
     "lr_restart": 0.0, "reset_optimizer": False, "train_only_layers": False, "preset": None,
     "save_format": "compressed",
@@ -34,7 +35,8 @@ OTHERS = {
     "sparsity_schedule": "linear", "sparsity_start": 0.1, "sparsity_end": 0.7, "mask_updates": 7,
     "importance": "magnitude", "penalty_weight": 0.25,
     "penalty_form": "proximal", "penalty_reweights": 2, "penalty_epsilon": 0.01, "task_weight": 0.75,
-    "kd_weight": 0.25, "kd_temperature": 4.0, "hidden_weight": 1.5, "attention_weight": 2.5, "graft_start": 0.5,
+    "kd_weight": 0.25, "kd_temperature": 4.0, "embedding_pooling": "cls", "layer_map": "uniform",
+    "hidden_weight": 1.5, "attention_weight": 2.5, "graft_start": 0.5,
     "graft_hold": 0.25, "graft_end": 0.75, "lr_restart": 0.6, "reset_optimizer": True, "train_only_layers": True,
     "preset": "spd", "save_format": "dense",
 }  # fmt: skip
@@ -107,6 +109,12 @@ def test_a_config_turns_into_json() -> None:
     assert json.loads(config().to_json_string())["sparsity"] == 0.8
 
 
+def test_a_layer_map_may_be_a_list_in_a_file() -> None:
+    assert config(layer_map=[1, None], hidden_weight=1.0).teacher_layers == [1, None]
+    assert config(layer_map="[1, null]", hidden_weight=1.0).teacher_layers == [1, None]
+    assert config().teacher_layers is None
+
+
 def test_overrides_may_be_an_object_in_a_file() -> None:
     assert config(block_overrides={".*query": [4, 1]}).shape_overrides == {".*query": (4, 1)}
     assert config(block_overrides='{".*query": [4, -1]}').shape_overrides == {".*query": (4, -1)}
@@ -129,6 +137,14 @@ def test_overrides_may_be_an_object_in_a_file() -> None:
         ("lr_restart", 1.0, r"lr_restart=1\.0 must be a number in \[0, 1\)"),
         ("reset_optimizer", True, r"reset_optimizer=True has no effect with lr_restart=0"),
         ("feed_forward", "rows", r"feed_forward='rows' is not known: use one of \['blocks', 'units'\]"),
+        ("embedding_pooling", "max", r"embedding_pooling='max' is not known: use one of \['mean', 'cls', 'last'\]"),
+        ("layer_map", "[1, 2", r"layer_map='\[1, 2' must be \"uniform\" or a JSON list with one entry per layer"),
+        ("layer_map", "[]", r"layer_map='\[\]' must be"),
+        ("layer_map", "[null]", r"layer_map='\[null\]' must be"),
+        ("layer_map", "[-1]", r"layer_map='\[-1\]' must be"),
+        ("layer_map", "[true]", r"layer_map='\[true\]' must be"),
+        ("layer_map", '{"0": 1}', r"layer_map=.* must be"),
+        ("layer_map", "last", r"layer_map='last' must be"),
         ("sparsity_scope", "model", r"sparsity_scope='model' is not known: use one of \['layer', 'global'\]"),
         ("sparsity_schedule", "cosine", r"sparsity_schedule='cosine'.*'cubic', 'linear', 'one_shot'"),
         ("importance", "random", r"importance='random' is not known: use one of .*'magnitude'"),
@@ -174,6 +190,7 @@ def test_wrong_values_are_refused_by_name(field: str, value: Any, message: str) 
     [
         ({"sparsity_start": 0.7}, r"sparsity_start=0\.7 lies after sparsity_end=0\.6"),
         ({"graft_hold": 0.9}, r"graft_hold=0\.9 lies after graft_end=0\.8"),
+        ({"layer_map": "uniform"}, r"layer_map='uniform' has no effect with hidden_weight=0 and attention_weight=0"),
         ({"sparsity_end": 0.0, "penalty_weight": 0.1}, r"sparsity_end=0\.0 leaves no step for penalty_weight"),
         (
             {"task_weight": 0.0, "kd_weight": 0.0},
@@ -208,7 +225,7 @@ def test_presets_fill_the_fields_that_are_not_given(preset: str) -> None:
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 @pytest.mark.parametrize(
-    "field", sorted(set(DEFAULTS) - {"preset", "block_overrides", "target_modules", "exclude_modules"})
+    "field", sorted(set(DEFAULTS) - {"preset", "block_overrides", "layer_map", "target_modules", "exclude_modules"})
 )
 def test_a_given_value_overrides_a_preset_even_when_it_is_the_default(preset: str, field: str) -> None:
     value = DEFAULTS[field]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from hf_sparse import distillation_loss, graft
-from hf_sparse.training.distill import attention_loss, hidden_loss, logits_loss
+from hf_sparse.training.distill import attention_loss, hidden_loss
+from hf_sparse.training.predictions import prediction_loss, prediction_unit
 from hf_sparse.training.schedules import graft_draws
 from tests.training.scenarios import model_for
 from tests.training.tiny import bert, llama, make_trainer, pad, pad_to_10, rows, t5
@@ -200,21 +201,22 @@ def test_without_labels_real_tokens_count() -> None:
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
     kept = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
     expected = mean([kl(student.logits[b, i].tolist(), teacher.logits[b, i].tolist()) for b, i in kept])
-    found = logits_loss(student, teacher, {"attention_mask": mask}, None, T, shifted=False)
+    found = prediction_loss(student, teacher, {"attention_mask": mask}, None, T, shifted=False)
     assert found.item() == pytest.approx(expected, rel=1e-5)
     # Shifted: the last position predicts nothing, and the one before padding predicts padding.
     kept = [(0, 0), (0, 1), (1, 0)]
     expected = mean([kl(student.logits[b, i].tolist(), teacher.logits[b, i].tolist()) for b, i in kept])
-    found = logits_loss(student, teacher, {"attention_mask": mask}, None, T, shifted=True)
+    found = prediction_loss(student, teacher, {"attention_mask": mask}, None, T, shifted=True)
     assert found.item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(
-    "output", [SimpleNamespace(last_hidden_state=torch.ones(2, 3, 4)), SimpleNamespace(logits=torch.ones(2, 3, 4, 4))]
+    "output",
+    [SimpleNamespace(last_hidden_state=torch.ones(2, 3, 4, 4)), SimpleNamespace(logits=torch.ones(2, 3, 4, 4))],
 )
 def test_outputs_that_cannot_be_distilled_are_refused(output: Any) -> None:
     with pytest.raises(ValueError, match="kd_weight needs logits .* set kd_weight=0"):
-        logits_loss(output, output, {"labels": torch.ones(2)}, None, T, shifted=False)
+        prediction_loss(output, output, {"labels": torch.ones(2)}, None, T, shifted=False)
 
 
 def layer_by_layer(model: Any, inputs: dict[str, Tensor], layers: list[Any]) -> list[Tensor]:
@@ -315,10 +317,8 @@ def test_graft_wants_one_draw_per_layer() -> None:
 
 
 def test_plain_dictionaries_are_outputs_too() -> None:
-    from hf_sparse.training.distill import logits_loss, logits_unit
-
     student, teacher = {"logits": torch.tensor([[1.0, 0.0]])}, {"logits": torch.tensor([[0.0, 1.0]])}
     inputs = {"input_ids": torch.ones(1, 3, dtype=torch.long)}
-    assert logits_unit(student, inputs) == "samples"
+    assert prediction_unit(student, inputs) == "samples"
     expected = distillation_loss(student["logits"], teacher["logits"], temperature=2.0)
-    assert torch.equal(logits_loss(student, teacher, inputs, None, 2.0, shifted=False), expected)
+    assert torch.equal(prediction_loss(student, teacher, inputs, None, 2.0, shifted=False), expected)
