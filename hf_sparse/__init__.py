@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from hf_sparse.core.packing import FormatError as FormatError
     from hf_sparse.core.report import report
     from hf_sparse.inference.compress import compress, decompress
+    from hf_sparse.inference.exits.crop import crop
+    from hf_sparse.inference.exits.export import export
     from hf_sparse.inference.linear import BlockSparseLinear
     from hf_sparse.inference.loading import BlockSparseConfig, load_dense
     from hf_sparse.training.config import SparseDistillConfig
@@ -32,6 +34,8 @@ _LAZY = {
     "report": "hf_sparse.core.report",
     "compress": "hf_sparse.inference.compress",
     "decompress": "hf_sparse.inference.compress",
+    "crop": "hf_sparse.inference.exits.crop",
+    "export": "hf_sparse.inference.exits.export",
     "BlockSparseLinear": "hf_sparse.inference.linear",
     "BlockSparseConfig": "hf_sparse.inference.loading",
     "load_dense": "hf_sparse.inference.loading",
@@ -51,8 +55,10 @@ __all__ = [
     "SparseDistillConfig",
     "SparseDistillTrainer",
     "compress",
+    "crop",
     "decompress",
     "distillation_loss",
+    "export",
     "graft",
     "group_lasso",
     "load_dense",

@@ -25,7 +25,7 @@ from hf_sparse.hub.card import facts_from_folder, render_card, write_card
 from hf_sparse.hub.facts import FACTS_FILE, CardFacts, LatencyFacts
 
 TOKENS = torch.arange(6).reshape(2, 3)
-COMMANDS = ("report", "plan", "compress", "decompress", "bench", "card", "push", "env")
+COMMANDS = ("report", "plan", "compress", "decompress", "crop", "export", "bench", "card", "push", "env")
 
 
 class Done(NamedTuple):
@@ -114,7 +114,7 @@ def test_folders_that_hold_no_model(cli: Callable[..., Done], tmp_path: Path, co
     assert_refused(cli(command, tmp_path / "empty", "--json"), "holds no config.json|hf_sparse_card.json is missing")
 
 
-@pytest.mark.parametrize("command", ["report", "decompress", "bench"])
+@pytest.mark.parametrize("command", ["report", "decompress", "crop", "export", "bench"])
 def test_damaged_weights(cli: Callable[..., Done], small: Path, command: str) -> None:
     weights = small / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
@@ -123,7 +123,7 @@ def test_damaged_weights(cli: Callable[..., Done], small: Path, command: str) ->
     assert not (small.parent / "out").exists()
 
 
-@pytest.mark.parametrize("command", ["report", "decompress", "bench"])
+@pytest.mark.parametrize("command", ["report", "decompress", "crop", "export", "bench"])
 def test_damaged_config(cli: Callable[..., Done], small: Path, command: str) -> None:
     destination = [small.parent / "out"] if command == "decompress" else []
     config = json.loads((small / "config.json").read_text())

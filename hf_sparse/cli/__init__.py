@@ -16,6 +16,7 @@ import typer
 from hf_sparse.cli.bench import bench
 from hf_sparse.cli.convert import compress, decompress
 from hf_sparse.cli.env import env
+from hf_sparse.cli.exits import crop, export
 from hf_sparse.cli.plan import plan
 from hf_sparse.cli.publish import card, push
 from hf_sparse.cli.report import report
@@ -33,6 +34,8 @@ for _command, _example in (
     (plan, "hf-sparse plan config.json --steps 1000 --model out/dense --plot plan.png"),
     (compress, "hf-sparse compress out/dense out/small --block-height 8 --block-width 1"),
     (decompress, "hf-sparse decompress out/small out/dense"),
+    (crop, "hf-sparse crop out/small out/cropped"),
+    (export, "hf-sparse export out/small out/onnx --to onnx"),
     (bench, "hf-sparse bench out/model --dense out/teacher --batch 1,8 --length 128"),
     (card, "hf-sparse card out/model"),
     (push, "hf-sparse push out/model me/my-model --private"),

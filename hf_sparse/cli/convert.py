@@ -71,7 +71,7 @@ def compress(
                 f"(--block-height, --block-width), or prune it first."
             )
 
-    _show(_write(convert, src, dst, "compressed"), dst, as_json)
+    _show(write_folder(convert, src, dst, "compressed"), dst, as_json)
 
 
 @guarded
@@ -90,7 +90,7 @@ def decompress(
         with progress(f"decompressing {src}", work(src, passes=1)) as advance:
             decompress_folder(src, staging, advance)
 
-    _show(_write(convert, src, dst, "dense"), dst, as_json)
+    _show(write_folder(convert, src, dst, "dense"), dst, as_json)
 
 
 def _compress_in_memory(src: Path, staging: Path, shape: BlockShape) -> bool:
@@ -111,7 +111,18 @@ def _block_shape(src: Path, height: int | None, width: int | None) -> BlockShape
     return default[0] if height is None else height, default[1] if width is None else width
 
 
-def _write(convert: Callable[[Path], None], src: Path, dst: Path, save_format: SaveFormat) -> SparsityReport:
+def write_folder(convert: Callable[[Path], None], src: Path, dst: Path, save_format: SaveFormat) -> SparsityReport:
+    """Write a converted model and whatever else lies beside its source, whole or not at all.
+
+    Args:
+        convert: writes weights and config into the folder that it is given.
+        src: folder that other files are copied from; its card is brought up to date.
+        dst: folder to write.
+        save_format: what the weights will be.
+
+    Returns:
+        The report of what was written.
+    """
     from hf_sparse.core.files import atomic_folder
     from hf_sparse.core.report import report
     from hf_sparse.hub.push import TRAINING_STATE, WEIGHT_FILES

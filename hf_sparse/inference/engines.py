@@ -6,7 +6,6 @@ An engine takes what the model takes, {"input_ids", "attention_mask"}, and gives
 from __future__ import annotations
 
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from importlib import import_module
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.inference.bench import MismatchError, check_close
+from hf_sparse.inference.exits.onnx import write_onnx
+from hf_sparse.inference.exits.samples import ExportError, Plain
 
 Engine = Callable[[Mapping[str, Tensor]], Tensor]
 
@@ -70,27 +71,20 @@ class DenseEngines:
         """
         import_optional("onnx")
         ids = torch.ones(2, 8, dtype=torch.int64)
-        axes = {name: {0: "batch", 1: "length"} for name in _NAMES}
-        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad():
-            # The tracer warns of every branch that it follows; values are compared before any time is told.
-            warnings.simplefilter("ignore")
+        with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "model.onnx"
-            exported = _Exported(self.model).float().eval()
+            self.model.float()
             try:
-                torch.onnx.export(
-                    exported, (ids, ids), str(file), input_names=list(_NAMES), output_names=["y"],
-                    dynamic_axes=axes, opset_version=17, dynamo=False,
-                )  # fmt: skip
-            except (RuntimeError, TypeError, ValueError) as error:
-                line = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
-                raise Unavailable(f"torch cannot export the model as ONNX: {line}") from error
+                write_onnx(self.model, dict.fromkeys(_NAMES, ids), file)
+            except ExportError as error:
+                raise Unavailable(str(error)) from error
             finally:
-                exported.to(self.dtype)
+                self.model.to(self.dtype)
             return file.read_bytes()
 
     def _compile(self) -> Engine:
         # Frozen weights are packed beforehand, which is the fastest that torch has.
-        compiled = torch.compile(_Exported(self.model).eval(), dynamic=False, options={"freezing": True})
+        compiled = torch.compile(Plain(self.model, _NAMES).eval(), dynamic=False, options={"freezing": True})
         return lambda given: compiled(*(given[name] for name in _NAMES))
 
     def _onnxruntime(self) -> Engine:
@@ -175,13 +169,3 @@ def make_engines(
             line = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
             skipped[name] = f"{type(error).__name__}: {line}"
     return engines, skipped
-
-
-class _Exported(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        output = self.model(input_ids=input_ids, attention_mask=attention_mask)
-        return output if isinstance(output, Tensor) else output[0]

@@ -22,7 +22,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "embedding_pooling": ("mean", "cls", "last"),
     "importance": ("magnitude", "activation"),
     "penalty_form": ("loss", "proximal"),
-    "save_format": ("compressed", "dense"),
+    "save_format": ("compressed", "dense", "cropped"),
 }
 
 
@@ -128,7 +128,9 @@ class SparseDistillConfig(TrainingArguments):
                   + ", ".join(f'"{name}"' for name in PRESETS) + "."},
     )  # fmt: skip
     save_format: str = _field(
-        "compressed", 'Final save: "compressed" or "dense" (zeros kept; loads without hf_sparse).'
+        "compressed",
+        'Final save: "compressed", "dense" (zeros kept; loads without hf_sparse) or "cropped" (dense, without the '
+        "feed-forward units that died in every layer, which any engine gains from).",
     )
 
     def __post_init__(self) -> None:

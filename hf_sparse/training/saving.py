@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hf_sparse.core.files import atomic_folder
 from hf_sparse.inference.compress import compress
+from hf_sparse.inference.exits.crop import crop
 
 # Weights of an earlier save under another name would be loaded in place of the new ones.
 _WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
@@ -23,6 +24,7 @@ def save_final(
     folder: str | os.PathLike[str],
     masks: dict[str, Tensor],
     save_others: Callable[[Path], None],
+    cropped: bool = False,
 ) -> None:
     """Save a pruned model and what belongs to it.
 
@@ -31,8 +33,13 @@ def save_final(
         folder: made if missing; weight files of an earlier save are removed once the new ones are in place.
         masks: {name: [R, C]} of the layers to compress; empty = save dense.
         save_others: writes tokenizer, card and the like into the folder that it is given.
+        cropped: save dense, without the units that died in every layer (`inference.exits.crop`).
     """
-    to_save: Any = compress(copy_to_cpu(model), masks=masks) if masks else model
+    to_save: Any = model
+    if cropped:
+        to_save = crop(copy_to_cpu(model))
+    elif masks:
+        to_save = compress(copy_to_cpu(model), masks=masks)
     with atomic_folder(folder, stale=lambda name: _WEIGHT_FILE.fullmatch(name) is not None) as staging:
         to_save.save_pretrained(staging)
         save_others(staging)

@@ -9,6 +9,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_sparse.inference.compress import compressed_layers
+from hf_sparse.inference.exits.structure import croppable_layers
 from hf_sparse.training.config import SparseDistillConfig
 
 
@@ -54,11 +55,14 @@ def refuse_unsupported_model(model: nn.Module, config: SparseDistillConfig) -> N
             f"{type(model).__name__} is compressed already. Make it dense first: hf_sparse.decompress(model), or "
             f"load it with hf_sparse.load_dense."
         )
-    if not isinstance(model, PreTrainedModel) and config.save_format == "compressed" and config.sparsity > 0.0:
+    if not isinstance(model, PreTrainedModel) and config.save_format != "dense" and config.sparsity > 0.0:
         raise ValueError(
-            f"save_format='compressed' needs a PreTrainedModel with a config, not a {type(model).__name__}: "
+            f"save_format={config.save_format!r} needs a PreTrainedModel with a config, not a {type(model).__name__}: "
             f"use save_format='dense'."
         )
+    if config.save_format == "cropped":
+        # Said now, and not after the training.
+        croppable_layers(model)
 
 
 def predicts_next(model: nn.Module) -> bool:

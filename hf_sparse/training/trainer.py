@@ -262,7 +262,7 @@ class SparseDistillTrainer(PublishingTrainer):
             if not card.is_file() or is_rendered(card.read_text(encoding="utf-8")):
                 write_card(staging, run_facts(self, staging, self._teacher_metrics))
 
-        save_final(self.student, folder, masks, save_others)
+        save_final(self.student, folder, masks, save_others, cropped=self.args.save_format == "cropped")
 
     def evaluate_teacher(self, eval_dataset: Any = None) -> dict[str, float]:
         """Measure the dense teacher as `evaluate` measures the student, for the comparison in the model card.
