@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from hf_sparse.training.masks import BlockMasks
     from hf_sparse.training.penalty import group_lasso
     from hf_sparse.training.schedules import plan_step
+    from hf_sparse.training.seq2seq import SparseDistillSeq2SeqConfig, SparseDistillSeq2SeqTrainer
     from hf_sparse.training.trainer import SparseDistillTrainer
 
 _LAZY = {
@@ -40,6 +41,8 @@ _LAZY = {
     "BlockSparseConfig": "hf_sparse.inference.loading",
     "load_dense": "hf_sparse.inference.loading",
     "SparseDistillConfig": "hf_sparse.training.config",
+    "SparseDistillSeq2SeqConfig": "hf_sparse.training.seq2seq",
+    "SparseDistillSeq2SeqTrainer": "hf_sparse.training.seq2seq",
     "SparseDistillTrainer": "hf_sparse.training.trainer",
     "BlockMasks": "hf_sparse.training.masks",
     "distillation_loss": "hf_sparse.training.distill",
@@ -53,6 +56,8 @@ __all__ = [
     "BlockSparseConfig",
     "BlockSparseLinear",
     "SparseDistillConfig",
+    "SparseDistillSeq2SeqConfig",
+    "SparseDistillSeq2SeqTrainer",
     "SparseDistillTrainer",
     "compress",
     "crop",

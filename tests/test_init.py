@@ -17,6 +17,8 @@ PUBLIC = {
     "BlockSparseConfig",
     "BlockSparseLinear",
     "SparseDistillConfig",
+    "SparseDistillSeq2SeqConfig",
+    "SparseDistillSeq2SeqTrainer",
     "SparseDistillTrainer",
     "compress",
     "crop",

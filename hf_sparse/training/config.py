@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from transformers import TrainingArguments
 
@@ -249,7 +249,7 @@ class SparseDistillConfig(TrainingArguments):
         return bool(self.kd_weight or self.hidden_weight or self.attention_weight or self.graft_start < 1.0)
 
     @classmethod
-    def from_training_arguments(cls, args: TrainingArguments) -> SparseDistillConfig:
+    def from_training_arguments(cls, args: TrainingArguments) -> Self:
         """Take plain training arguments over, with the sparse defaults beside them.
 
         Raises:
@@ -259,8 +259,9 @@ class SparseDistillConfig(TrainingArguments):
         given = {spec.name: getattr(args, spec.name) for spec in dataclasses.fields(args) if spec.init}
         if lost := sorted(set(given) - known):
             raise TypeError(
-                f"{type(args).__name__} has fields that SparseDistillConfig does not know: {', '.join(lost)}. "
-                f"Use a dataclass that inherits from SparseDistillConfig and {type(args).__name__}."
+                f"{type(args).__name__} has fields that {cls.__name__} does not know: {', '.join(lost)}. "
+                f"Use a dataclass that inherits from {cls.__name__} and {type(args).__name__}, or for sequence to "
+                f"sequence SparseDistillSeq2SeqTrainer with its SparseDistillSeq2SeqConfig."
             )
         return cls(**given)
 

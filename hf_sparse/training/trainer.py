@@ -46,6 +46,7 @@ class SparseDistillTrainer(PublishingTrainer):
     """
 
     args: SparseDistillConfig
+    config_class: type[SparseDistillConfig] = SparseDistillConfig
     # compute_loss normalises over all micro-batches and ranks by itself (see share.py).
     loss_is_scaled_for_ga = True
     _tag_names = ["hf_sparse", "block-sparse", "pruned"]
@@ -59,9 +60,9 @@ class SparseDistillTrainer(PublishingTrainer):
         **kwargs: Any,
     ) -> None:
         if args is None:
-            args = SparseDistillConfig(output_dir="sparse_output")
-        elif not isinstance(args, SparseDistillConfig):
-            args = SparseDistillConfig.from_training_arguments(args)
+            args = self.config_class(output_dir="sparse_output")
+        elif not isinstance(args, self.config_class):
+            args = self.config_class.from_training_arguments(args)
         refuse_unsupported_engine(args)
         check_writable(args.output_dir or ".")
         self._given_teacher = teacher_model
