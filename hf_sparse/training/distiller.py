@@ -13,6 +13,7 @@ from torch import nn
 
 from hf_sparse.training.config import SparseDistillConfig
 from hf_sparse.training.graft import GraftSite, graft_at, graft_sites
+from hf_sparse.training.projections import HiddenProjections, needed_projections
 from hf_sparse.training.schedules import StepPlan, graft_draws
 from hf_sparse.training.teacher import (
     check_teacher,
@@ -45,6 +46,7 @@ class Distiller:
         self.teacher: nn.Module | None = None
         self._placed_on: torch.device | None = None
         self._hooked: nn.Module | None = None
+        self.projections: HiddenProjections | None = None
         self._sites: tuple[nn.Module, list[GraftSite]] | None = None
         if config.attention_weight:
             return_attention_maps(student)
@@ -53,6 +55,8 @@ class Distiller:
             if config.graft_start < 1.0:
                 use_attention_of(student, self.teacher)
             check_teacher(student, self.teacher, config)
+            if config.hidden_weight:
+                self.projections = needed_projections(student, self.teacher, config.seed)
         elif config.graft_start < 1.0:
             graft_sites(student, student)
         if given is not None and not config.needs_teacher:
@@ -69,6 +73,8 @@ class Distiller:
             if self.config.attention_weight:
                 return_attention_maps(self.teacher)
             self.teacher.to(device)
+            if self.projections is not None:
+                self.projections.to(device)
             self._placed_on = device
         return self.teacher
 
@@ -110,6 +116,16 @@ class Distiller:
     def agreed_facts(self) -> dict[str, Any]:
         """Give what a resumed run has to agree with: which teacher it is."""
         return {} if self.teacher is None else {"teacher": fingerprint(self.teacher)}
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write what a resumed run needs beside its student into a training checkpoint."""
+        if self.projections is not None:
+            self.projections.save(folder)
+
+    def load(self, folder: str | os.PathLike[str]) -> None:
+        """Read what `save` wrote."""
+        if self.projections is not None:
+            self.projections.load(folder)
 
     def _install_recording_hooks(self, student: nn.Module, asked: Mapping[str, Any]) -> None:
         # transformers hooks a model's layers at the first forward that asks for hidden states or attention maps. If

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_sparse.training.config import SparseDistillConfig
 from hf_sparse.training.distill import attention_loss, hidden_loss
 from hf_sparse.training.distributed import sum_over_ranks, world_size
 from hf_sparse.training.layerwise import compared_layers
 from hf_sparse.training.predictions import prediction_loss, prediction_unit
+from hf_sparse.training.projections import HiddenProjections
 
 
 def distillation_terms(
@@ -23,7 +24,7 @@ def distillation_terms(
     model_config: Any,
     config: SparseDistillConfig,
     shifted: bool,
-    projections: Mapping[str, nn.Module] | None = None,
+    projections: HiddenProjections | None = None,
 ) -> dict[str, tuple[Tensor, str]]:
     """Compute the distillation losses that a config asks for, unweighted.
 
@@ -33,7 +34,7 @@ def distillation_terms(
         model_config: the student's own config.
         config: weights and temperature.
         shifted: whether position i predicts label i + 1.
-        projections: {side of `compared_layers`: what makes the student's hidden states as wide as the teacher's}.
+        projections: make the student's hidden states as wide as the teacher's; None where they are.
 
     Returns:
         Any of "loss_kd", "loss_hidden", "loss_attention": a scalar, and of what it is a mean (`share.UNITS`).
@@ -48,7 +49,8 @@ def distillation_terms(
         terms["loss_kd"] = loss, prediction_unit(student, inputs)
     if config.hidden_weight:
         sides = compared_layers(student, teacher, inputs, "hidden_states", "hidden_weight", config.teacher_layers)
-        losses = [hidden_loss(x.student, x.teacher, x.mask, (projections or {}).get(x.name)) for x in sides]
+        maps = [None if projections is None else projections.get(x.name) for x in sides]
+        losses = [hidden_loss(x.student, x.teacher, x.mask, m) for x, m in zip(sides, maps, strict=True)]
         terms["loss_hidden"] = torch.stack(losses).sum(), "samples"
     if config.attention_weight:
         sides = compared_layers(student, teacher, inputs, "attentions", "attention_weight", config.teacher_layers)

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
+from transformers.utils import cached_file
 
 from hf_sparse.training.config import SparseDistillConfig
 from hf_sparse.training.graft import graft_sites
@@ -54,6 +55,37 @@ def copy_as_teacher(student: nn.Module) -> nn.Module:
     return teacher
 
 
+def check_tokenizer(tokenizer: Any, teacher: nn.Module | str | os.PathLike[str] | None) -> None:
+    """Refuse a teacher that was trained with another tokenizer, where both tokenizers are at hand.
+
+    Args:
+        tokenizer: what the trainer was given as processing class; looked at if it has a vocabulary.
+        teacher: as the caller chose it. Its tokenizer is looked for where it was loaded from.
+
+    Raises:
+        ValueError: naming the first token with two ids.
+    """
+    path = getattr(teacher, "name_or_path", None) if isinstance(teacher, nn.Module) else teacher
+    if not path or not hasattr(tokenizer, "get_vocab"):
+        return
+    # What a model in memory was loaded from is looked up on this machine alone.
+    local: dict[str, Any] = {"local_files_only": isinstance(teacher, nn.Module)}
+    try:
+        # Asked for by name, because a folder without a tokenizer is read as an empty one.
+        cached_file(path, "tokenizer_config.json", **local)
+        theirs = AutoTokenizer.from_pretrained(path, **local).get_vocab()
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        logger.info("teacher_model has no tokenizer that could be compared: %s", str(error).splitlines()[0])
+        return
+    mine = tokenizer.get_vocab()
+    if different := sorted(token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token)):
+        raise ValueError(
+            f"teacher_model reads other tokens: {different[0]!r} is {mine.get(different[0])} for the trainer's "
+            f"tokenizer and {theirs.get(different[0])} for that of {path}, and {len(different)} tokens differ in all. "
+            f"Token ids would mean something else to it: use a teacher with the same tokenizer."
+        )
+
+
 def check_teacher(student: nn.Module, teacher: nn.Module, config: SparseDistillConfig) -> None:
     """Refuse a teacher that does not fit the requested losses.
 
@@ -61,9 +93,11 @@ def check_teacher(student: nn.Module, teacher: nn.Module, config: SparseDistillC
         ValueError: naming the setting, what the student and the teacher have, and the way out.
     """
     mine, theirs = getattr(student, "config", None), getattr(teacher, "config", None)
-    _same(mine, theirs, "vocab_size", "teacher_model", "the same tokenizer, so that both read the same token ids", "")
+    padded = "call teacher.resize_token_embeddings if the tokenizer is the same and one of the embeddings only padded"
+    same_ids = "the same tokenizer, so that both read the same token ids"
+    _same(mine, theirs, "vocab_size", "teacher_model", same_ids, padded)
     if config.kd_weight:
-        _same(mine, theirs, "num_labels", f"kd_weight={config.kd_weight}", "the same labels", "kd_weight=0")
+        _same(mine, theirs, "num_labels", f"kd_weight={config.kd_weight}", "the same labels", "set kd_weight=0")
         labels: list[dict[str, int]] = [getattr(c, "label2id", None) or {} for c in (mine, theirs)]
         # The same names in another order would teach the student the wrong classes.
         if set(labels[0]) == set(labels[1]) and labels[0] != labels[1]:
@@ -74,12 +108,9 @@ def check_teacher(student: nn.Module, teacher: nn.Module, config: SparseDistillC
     for field in ("hidden_weight", "attention_weight"):
         if getattr(config, field):
             _check_depth(student, teacher, field, config)
-    if config.hidden_weight:
-        asked = f"hidden_weight={config.hidden_weight}"
-        _same(mine, theirs, "hidden_size", asked, "hidden states of one size", "hidden_weight=0")
     if config.attention_weight:
         asked = f"attention_weight={config.attention_weight}"
-        _same(mine, theirs, "num_attention_heads", asked, "as many attention heads", "attention_weight=0")
+        _same(mine, theirs, "num_attention_heads", asked, "as many attention heads", "set attention_weight=0")
     if config.graft_start < 1.0:
         graft_sites(student, teacher)
 
@@ -131,13 +162,12 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _same(mine: Any, theirs: Any, key: str, asked: str, why: str, off: str) -> None:
+def _same(mine: Any, theirs: Any, key: str, asked: str, why: str, way_out: str) -> None:
     own, other = (getattr(_text_config(c), key, getattr(c, key, None)) for c in (mine, theirs))
     if own is not None and other is not None and own != other:
-        way_out = f", or set {off}" if off else ""
         raise ValueError(
             f"{asked} needs {why}: {key} is {own} in the model and {other} in the teacher. "
-            f"Use a teacher that agrees{way_out}."
+            f"Use a teacher that agrees, or {way_out}."
         )
 
 

@@ -20,15 +20,16 @@ from hf_sparse.training.hooks import StepHooks
 from hf_sparse.training.importance import input_rms
 from hf_sparse.training.losses import RunningMeans, distillation_terms, weighted_sum
 from hf_sparse.training.pruner import Pruner
-from hf_sparse.training.publishing import PublishingTrainer
 from hf_sparse.training.saving import save_final
 from hf_sparse.training.schedules import StepPlan, plan_step
 from hf_sparse.training.share import StepTotals, count_units
 from hf_sparse.training.stages import freeze_outside_layers, reset_optimizer, restarting_scheduler, with_graph
 from hf_sparse.training.support import predicts_next, refuse_unsupported_engine, refuse_unsupported_model
+from hf_sparse.training.teacher import check_tokenizer
+from hf_sparse.training.teaching import TeachingTrainer
 
 
-class SparseDistillTrainer(PublishingTrainer):
+class SparseDistillTrainer(TeachingTrainer):
     """A `Trainer` whose model ends block-sparse: pruned step by step while it learns from its dense teacher.
 
     Takes everything `Trainer` takes. Evaluation, prediction and checkpoints are those of the student alone; the final
@@ -66,7 +67,7 @@ class SparseDistillTrainer(PublishingTrainer):
         refuse_unsupported_engine(args)
         check_writable(args.output_dir or ".")
         self._given_teacher = teacher_model
-        self._teacher_metrics: dict[str, float] = {}
+        self._teacher_metrics = {}
         self._plan: StepPlan | None = None
         self._micro_batches: list[dict[str, Any]] = []
         self._totals, self._means = StepTotals(), RunningMeans()
@@ -85,6 +86,7 @@ class SparseDistillTrainer(PublishingTrainer):
             freeze_outside_layers(model)
         self.pruner = Pruner(model, self.args)
         self._shifted = predicts_next(model)
+        check_tokenizer(self.processing_class, self._given_teacher if self.args.needs_teacher else None)
         self.distiller = Distiller(model, self.args, self._given_teacher)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
@@ -96,21 +98,11 @@ class SparseDistillTrainer(PublishingTrainer):
         return model
 
     @property
-    def teacher_model(self) -> nn.Module | None:
-        """The teacher; None before training starts where it is a copy of the dense model, or where none is used."""
-        return self.distiller.teacher
-
-    @property
     def plan(self) -> StepPlan:
         """What the running optimizer step does; the first one's plan where none has begun."""
         if self._plan is None:
             return plan_step(self.args, 0, max(self.state.max_steps, 1))
         return self._plan
-
-    @property
-    def student(self) -> nn.Module:
-        """The model being pruned, without the wrappers of a distributed run or a compiler."""
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     # Training
 
@@ -173,7 +165,9 @@ class SparseDistillTrainer(PublishingTrainer):
                 outputs, terms = model(**asked), {}
         if teacher_outputs is not None:
             student_config = getattr(student, "config", None)
-            terms |= distillation_terms(outputs, teacher_outputs, inputs, student_config, self.args, self._shifted)
+            terms |= distillation_terms(
+                outputs, teacher_outputs, inputs, student_config, self.args, self._shifted, self.distiller.projections
+            )
         loss = with_graph(weighted_sum(terms, self.args, self._totals.shares(inputs, self._shifted), self._means))
         return (loss, outputs) if return_outputs else loss
 
@@ -195,6 +189,7 @@ class SparseDistillTrainer(PublishingTrainer):
             if penalty is not None:
                 self._means.add("penalty", penalty)
             self.pruner.masks.apply_to_grads_()
+            self.end_backward()
         return loss
 
     def finish_step(self) -> None:
@@ -206,6 +201,7 @@ class SparseDistillTrainer(PublishingTrainer):
         if penalty is not None:
             self._means.add("penalty", penalty)
         self._means.end_step()
+        self.end_update()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as `Trainer.log` does; training logs also hold sparsity, graft_prob, the penalty and every loss term."""
@@ -230,6 +226,7 @@ class SparseDistillTrainer(PublishingTrainer):
         coefs = load_state(resume_from_checkpoint, self.pruner.masks, self._agreed_facts())
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.pruner.coefs = coefs
+        self.distiller.load(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -244,6 +241,7 @@ class SparseDistillTrainer(PublishingTrainer):
             super().save_model(output_dir, _internal_call)
             if is_checkpoint and self.args.should_save:
                 save_state(folder, self.pruner.masks, self.pruner.coefs, self._agreed_facts())
+                self.distiller.save(folder)
             return
         if self.args.should_save:
             self._save_final(folder)
@@ -264,28 +262,3 @@ class SparseDistillTrainer(PublishingTrainer):
                 write_card(staging, run_facts(self, staging, self._teacher_metrics))
 
         save_final(self.student, folder, masks, save_others, cropped=self.args.save_format == "cropped")
-
-    def evaluate_teacher(self, eval_dataset: Any = None) -> dict[str, float]:
-        """Measure the dense teacher as `evaluate` measures the student, for the comparison in the model card.
-
-        Args:
-            eval_dataset: None = the trainer's own.
-
-        Returns:
-            Metrics with the prefix "teacher_".
-
-        Raises:
-            ValueError: if the run has no teacher.
-        """
-        if not self.args.needs_teacher:
-            raise ValueError("no teacher to evaluate: kd_weight, hidden_weight and attention_weight are 0.")
-        student, wrapped = self.model, self.model_wrapped
-        teacher = self.distiller.hire(self.student, self.args.device)
-        data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        try:
-            self.model = self.model_wrapped = teacher
-            metrics = self.predict(data, metric_key_prefix="teacher").metrics or {}
-        finally:
-            self.model, self.model_wrapped = student, wrapped
-        self._teacher_metrics = {key.removeprefix("teacher_"): value for key, value in metrics.items()}
-        return metrics

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from hf_sparse import SparseDistillTrainer, compress
 from hf_sparse.training.support import refuse_unsupported_engine
-from tests.training.tiny import assert_same, bert, llama, make_trainer, pad, rows, sparse_config, weights_of
+from tests.training.tiny import assert_same, bert, llama, make_trainer, pad, rows, sparse_config, t5, weights_of
 
 
 def build(folder: Path, model: Any = None, teacher: Any = None, **given: Any) -> Any:
@@ -66,13 +66,18 @@ def test_the_check_of_the_output_folder_leaves_nothing_behind(tmp_path: Path) ->
         (lambda: bert(5, num_labels=4), {}, r"kd_weight=0\.5 needs the same labels: num_labels is 3 .* 4 "),
         (lambda: bert(5, vocab_size=50), {}, r"teacher_model needs the same tokenizer.*vocab_size is 40 .* and 50"),
         (
-            lambda: bert(5, hidden_size=32), {"hidden_weight": 1.0},
-            r"hidden_weight=1\.0 needs hidden states of one size: hidden_size is 16 .* 32 .*hidden_weight=0",
+            lambda: bert(5, num_hidden_layers=3), {"hidden_weight": 1.0},
+            r"hidden_weight=1\.0 compares layer by layer, but the model has 2 layers and the teacher 3: say with",
         ),
         (
-            lambda: bert(5, num_hidden_layers=3), {"hidden_weight": 1.0},
-            r"hidden_weight=1\.0 compares layer by layer, but the model has 2 layers and the teacher 3",
+            lambda: bert(5, num_hidden_layers=3), {"hidden_weight": 1.0, "layer_map": "[0, 1, 2]"},
+            r"layer_map has 3 entries, the model 2 layers: give one per layer",
         ),
+        (
+            lambda: bert(5, num_hidden_layers=3), {"hidden_weight": 1.0, "layer_map": "[0, 3]"},
+            r"layer_map names teacher layer 3, the teacher has layers 0 to 2",
+        ),
+        (lambda: t5(5), {"hidden_weight": 1.0, "kd_weight": 0.0}, r"has 1 stack\(s\) of layers and the teacher 2"),
         (
             lambda: bert(5, num_hidden_layers=3), {"attention_weight": 1.0},
             r"attention_weight=1\.0 compares layer by layer",

@@ -1,0 +1,71 @@
+"""The teaching side of the trainer: its teacher, measured like the student, and what is trained for it alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_sparse.training.config import SparseDistillConfig
+from hf_sparse.training.distiller import Distiller
+from hf_sparse.training.publishing import PublishingTrainer
+
+
+class TeachingTrainer(PublishingTrainer):
+    """Holds the teacher, and trains the projections that a teacher of another width needs."""
+
+    args: SparseDistillConfig
+    distiller: Distiller
+
+    @property
+    def teacher_model(self) -> nn.Module | None:
+        """The teacher; None before training starts where it is a copy of the dense model, or where none is used."""
+        return self.distiller.teacher
+
+    @property
+    def student(self) -> nn.Module:
+        """The model being pruned, without the wrappers of a distributed run or a compiler."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Create the optimizer as `Trainer` does; it also trains projections of hidden states."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        if self.distiller.projections is not None:
+            self.distiller.projections.add_to(optimizer)
+        return optimizer
+
+    def end_backward(self) -> None:
+        """Let all ranks agree on the gradients of what no distributed wrapper holds."""
+        if self.distiller.projections is not None:
+            self.distiller.projections.average_gradients_()
+
+    def end_update(self) -> None:
+        """Clear those gradients: `Trainer` clears the model's alone."""
+        if self.distiller.projections is not None:
+            self.distiller.projections.zero_grad()
+
+    def evaluate_teacher(self, eval_dataset: Any = None) -> dict[str, float]:
+        """Measure the dense teacher as `evaluate` measures the student, for the comparison in the model card.
+
+        Args:
+            eval_dataset: None = the trainer's own.
+
+        Returns:
+            Metrics with the prefix "teacher_".
+
+        Raises:
+            ValueError: if the run has no teacher.
+        """
+        if not self.args.needs_teacher:
+            raise ValueError("no teacher to evaluate: kd_weight, hidden_weight and attention_weight are 0.")
+        student, wrapped = self.model, self.model_wrapped
+        teacher = self.distiller.hire(self.student, self.args.device)
+        data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        try:
+            self.model = self.model_wrapped = teacher
+            metrics = self.predict(data, metric_key_prefix="teacher").metrics or {}
+        finally:
+            self.model, self.model_wrapped = student, wrapped
+        self._teacher_metrics = {key.removeprefix("teacher_"): value for key, value in metrics.items()}
+        return metrics

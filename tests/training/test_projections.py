@@ -1,0 +1,189 @@
+"""Teachers of another width and depth: learned projections and layer maps, by hand, resumed, and over two ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from hf_sparse import FormatError
+from hf_sparse.training.distill import hidden_loss
+from hf_sparse.training.layerwise import compared_layers, depths, resolve_layer_map
+from hf_sparse.training.projections import FILE, HiddenProjections, needed_projections
+from tests.training.families import family_model
+from tests.training.tiny import assert_same, bert, llama, make_trainer, pad, rows, t5, weights_of
+
+WIDE = {"hidden_size": 24, "num_hidden_layers": 4}
+RUN = {"sparsity": 0.5, "kd_weight": 0.5, "hidden_weight": 0.7, "layer_map": "uniform", "max_steps": 4,
+       "save_strategy": "steps", "save_steps": 2, "logging_strategy": "steps", "logging_steps": 1}  # fmt: skip
+
+
+def by_hand(student: Any, teacher: Any, weight: torch.Tensor, inputs: Any, layers: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        theirs = teacher.eval()(**inputs, output_hidden_states=True).hidden_states
+    mine = student(**inputs, output_hidden_states=True).hidden_states
+    mask, total = inputs["attention_mask"], torch.zeros(())
+    for own, other in [(0, 0), *((i + 1, layer + 1) for i, layer in enumerate(layers))]:
+        error = (mine[own] @ weight.T - theirs[other]).square().mean(-1)
+        total = total + ((error * mask).sum(1) / mask.sum(1)).mean()
+    return total
+
+
+def test_the_loss_and_the_step_of_a_projection_are_those_by_hand(tmp_path: Path) -> None:
+    data, (student, teacher) = rows("classes", 8), (bert(0), bert(5, **WIDE))
+    weight = HiddenProjections({"": (16, 24)}, seed=11).get("").weight.detach().clone().requires_grad_()
+    loss = by_hand(bert(0), bert(5, **WIDE), weight, pad(data), [1, 3])
+    (0.7 * loss).backward()
+    given = {**RUN, "sparsity": 0.0, "max_steps": 1, "optim": "sgd", "learning_rate": 0.1, "save_strategy": "no"}
+    trainer = make_trainer(student, tmp_path, data, teacher, **given)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss_hidden"] == pytest.approx(loss.item(), rel=1e-5)
+    moved = trainer.distiller.projections.get("").weight
+    torch.testing.assert_close(moved.detach(), (weight - 0.1 * weight.grad).detach())
+
+
+def test_micro_batches_do_not_change_a_projection(tmp_path: Path) -> None:
+    found = []
+    for per_device, accumulate in ((8, 1), (2, 4)):
+        trainer = make_trainer(
+            bert(0), tmp_path, rows("classes", 24), bert(5, **WIDE), **{**RUN, "save_strategy": "no", "max_steps": 3},
+            optim="sgd", per_device_train_batch_size=per_device, gradient_accumulation_steps=accumulate,
+        )  # fmt: skip
+        trainer.train()
+        found.append(trainer.distiller.projections.get("").weight.detach())
+    torch.testing.assert_close(found[0], found[1])
+    assert not torch.equal(found[0], HiddenProjections({"": (16, 24)}, seed=11).get("").weight)
+
+
+def test_a_resumed_run_equals_straight_through_and_the_model_holds_none(tmp_path: Path) -> None:
+    runs = []
+    for folder in (tmp_path / "straight", tmp_path / "again"):
+        trainer = make_trainer(bert(0), folder, rows("classes", 20), bert(5, **WIDE), **RUN)
+        resumed = None if folder.name == "straight" else str(tmp_path / "straight" / "checkpoint-2")
+        trainer.train(resume_from_checkpoint=resumed)
+        runs.append((weights_of(trainer.student), weights_of(trainer.distiller.projections)))
+    assert_same(runs[0][0], runs[1][0])
+    assert_same(runs[0][1], runs[1][1])
+    trainer.save_model(tmp_path / "final")
+    assert not (tmp_path / "final" / FILE).exists()
+    assert set(load_file(tmp_path / "straight" / "checkpoint-2" / FILE)) == {"layers.weight"}
+    loaded, info = type(trainer.student).from_pretrained(tmp_path / "final", output_loading_info=True)
+    assert not info["unexpected_keys"] and not info["missing_keys"]
+
+
+def test_checkpoints_without_projections_or_with_others_are_refused(tmp_path: Path) -> None:
+    maps = HiddenProjections({"": (4, 6)}, seed=0)
+    with pytest.raises(ValueError, match=f"holds no {FILE}, but the teacher is of another width"):
+        maps.load(tmp_path)
+    save_file({"layers.weight": torch.ones(5, 4)}, tmp_path / FILE)
+    with pytest.raises(ValueError, match="does not fit the teacher"):
+        maps.load(tmp_path)
+    (tmp_path / FILE).write_bytes(b"no")
+    with pytest.raises(FormatError, match="is damaged"):
+        maps.load(tmp_path)
+    maps.save(tmp_path)
+    other = HiddenProjections({"": (4, 6)}, seed=1)
+    other.load(tmp_path)
+    assert_same(weights_of(maps), weights_of(other))
+
+
+def test_a_seed_makes_the_same_maps_and_draws_nothing_from_the_run() -> None:
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    first, second, other = (HiddenProjections({"": (64, 32)}, seed=seed) for seed in (7, 7, 8))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert_same(weights_of(first), weights_of(second))
+    assert not torch.equal(first.get("").weight, other.get("").weight)
+    states = torch.randn(1000, 64)
+    assert first.get("")(states).square().mean().item() == pytest.approx(1.0, rel=0.1)
+
+
+@pytest.mark.parametrize(("student", "teacher", "expected"), [
+    (lambda: bert(), lambda: bert(5), None),
+    (lambda: llama(), lambda: llama(5, hidden_size=24), {"layers": (24, 16)}),
+    (lambda: t5(), lambda: t5(5, d_model=24), {"encoder": (24, 16), "decoder": (24, 16)}),
+    (lambda: family_model("clip"), lambda: family_model("clip", 5), None),
+    (lambda: torch.nn.Linear(2, 2), lambda: bert(), None),
+])  # fmt: skip
+def test_projections_are_made_where_widths_differ(student: Any, teacher: Any, expected: Any) -> None:
+    found = needed_projections(student(), teacher(), 0)
+    shapes = None if found is None else {name: tuple(linear.weight.shape) for name, linear in found.items()}
+    assert shapes == expected
+
+
+def test_each_side_of_an_encoder_decoder_has_its_own(tmp_path: Path) -> None:
+    trainer = make_trainer(t5(0), tmp_path, rows("seq2seq", 8), t5(5, d_model=24, num_layers=4, num_decoder_layers=3),
+                           **{**RUN, "save_strategy": "no", "logging_strategy": "no"})  # fmt: skip
+    before = weights_of(trainer.distiller.projections)
+    trainer.train()
+    after = weights_of(trainer.distiller.projections)
+    assert all((after[name] != value).any() for name, value in before.items()) and len(after) == 2
+
+
+def test_layers_are_paired_as_the_map_says() -> None:
+    mine, theirs = [torch.randn(2, 3, 4) for _ in range(3)], [torch.randn(2, 3, 4) for _ in range(5)]
+    student, teacher = SimpleNamespace(hidden_states=mine), SimpleNamespace(hidden_states=theirs)
+    for layers, pairs in (("uniform", [(0, 0), (1, 2), (2, 4)]), ([None, 0], [(0, 0), (2, 1)])):
+        (side,) = compared_layers(student, teacher, {}, "hidden_states", "hidden_weight", layers)
+        expected = sum((mine[a] - theirs[b]).square().mean(-1).mean().item() for a, b in pairs)
+        assert hidden_loss(side.student, side.teacher).item() == pytest.approx(expected, rel=1e-5)
+    maps = SimpleNamespace(attentions=mine[:2]), SimpleNamespace(attentions=theirs[:4])
+    (side,) = compared_layers(*maps, {}, "attentions", "attention_weight", "uniform")
+    assert [x is y for x, y in zip(side.teacher, (theirs[1], theirs[3]), strict=True)] == [True, True]
+
+
+@pytest.mark.parametrize(("own", "other", "expected"), [
+    (6, 12, [1, 3, 5, 7, 9, 11]), (3, 12, [3, 7, 11]), (4, 6, [0, 2, 3, 5]), (2, 2, [0, 1]), (4, 2, [0, 0, 0, 1]),
+])  # fmt: skip
+def test_uniform_ends_at_the_last_layer(own: int, other: int, expected: list[int]) -> None:
+    assert resolve_layer_map("uniform", own, other) == expected
+
+
+def test_shared_layers_count_each_time_they_run() -> None:
+    assert depths(family_model("albert")) == [2]
+    assert depths(t5(num_layers=2, num_decoder_layers=3)) == [2, 3]
+
+
+def _rank(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    maps = HiddenProjections({"": (2, 2), "text": (2, 2)}, seed=0)
+    if rank == 0:
+        maps.get("").weight.grad = torch.full((2, 2), 4.0)
+    maps.average_gradients_()
+    assert all(
+        torch.equal(p.grad, torch.full((2, 2), value)) for p, value in zip(maps.parameters(), (2.0, 0.0), strict=True)
+    )
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.dist
+def test_ranks_average_the_gradients_of_projections(tmp_path: Path) -> None:
+    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+
+
+def tokenizer_of(words: str) -> PreTrainedTokenizerFast:
+    vocab = {word: i for i, word in enumerate(words.split())}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token="a")))
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    bert(5).save_pretrained(tmp_path / "teacher")
+    given = {"extra": {"processing_class": tokenizer_of("a b c")}}
+    make_trainer(bert(0), tmp_path, rows("classes", 8), tmp_path / "teacher", **given)
+    tokenizer_of("a b c").save_pretrained(tmp_path / "teacher")
+    make_trainer(bert(0), tmp_path, rows("classes", 8), tmp_path / "teacher", **given)
+    tokenizer_of("a c b").save_pretrained(tmp_path / "teacher")
+    message = (
+        r"teacher_model reads other tokens: 'b' is 1 for the trainer's tokenizer and 2 for that of .*, and 2 tokens"
+    )
+    for teacher in (str(tmp_path / "teacher"), type(bert(0)).from_pretrained(tmp_path / "teacher")):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(bert(0), tmp_path, rows("classes", 8), teacher, **given)
+        make_trainer(bert(0), tmp_path, rows("classes", 8), teacher, **given, kd_weight=0.0)
