@@ -22,7 +22,7 @@ MAX_LINES = 300
 DOORS = {
     "huggingface_hub": "hf_sparse/hub/",
     "triton": "hf_sparse/inference/kernels/",
-    "torch.distributed": "hf_sparse/training/distributed.py",
+    "torch.distributed": "hf_sparse/training/distributed/",
 }
 
 
@@ -190,7 +190,7 @@ def test_a_missing_module_docstring_is_found() -> None:
             "training/a.py",
             "from hf_sparse.hub.card import x\nfrom hf_sparse.inference.compress import y\nimport accelerate",
         ),
-        ("training/distributed.py", "import torch.distributed as dist"),
+        ("training/distributed/a.py", "import torch.distributed as dist"),
         ("inference/kernels/a.py", "import triton\ndef _private():\n    return 1"),
         ("cli/a.py", "from hf_sparse.training.config import x\nfrom hf_sparse import report"),
         ("training/a.py", "class _Private:\n    def method(self):\n        return 1"),

@@ -25,7 +25,7 @@ def save_state(
     """Write masks and coefficients beside a dense checkpoint, whole or not at all.
 
     Args:
-        folder: the checkpoint's folder, which exists.
+        folder: the checkpoint's folder; made if missing.
         masks: all masks of the run.
         coefs: {name: [R, C]} reweighting coefficients; empty before the first reweighting.
         facts: plain values that a resumed run has to agree with, such as the teacher's fingerprint.
@@ -35,6 +35,7 @@ def save_state(
     shapes = {name: list(shape) for name, shape in masks.block_shapes.items()}
     state = {"version": _VERSION, "block_shapes": shapes, "scope": masks.scope, "facts": dict(facts)}
     target = Path(folder) / STATE_FILE
+    target.parent.mkdir(parents=True, exist_ok=True)
     staged = target.with_name(f".{STATE_FILE}.{os.getpid()}")
     save_file(tensors, staged, metadata={"format": "pt", "hf_sparse_state": json.dumps(state)})
     os.replace(staged, target)

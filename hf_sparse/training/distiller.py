@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from hf_sparse.training.config import SparseDistillConfig
+from hf_sparse.training.distributed import Engine, is_sharded_model
 from hf_sparse.training.graft import GraftSite, graft_at, graft_sites
 from hf_sparse.training.projections import HiddenProjections, needed_projections
 from hf_sparse.training.schedules import StepPlan, graft_draws
@@ -34,17 +35,23 @@ class Distiller:
         student: the model to train; only checked here.
         config: the run's settings.
         given: the teacher that the caller chose: a model, a path or a repo id; None = a copy of the student.
+        engine: shards the teacher where the student is sharded; None = it stays whole.
 
     Raises:
         ValueError: if the teacher does not fit the settings.
     """
 
     def __init__(
-        self, student: nn.Module, config: SparseDistillConfig, given: nn.Module | str | os.PathLike[str] | None
+        self,
+        student: nn.Module,
+        config: SparseDistillConfig,
+        given: nn.Module | str | os.PathLike[str] | None,
+        engine: Engine | None = None,
     ) -> None:
-        self.config, self.was_given = config, given is not None
+        self.config, self.was_given, self.engine = config, given is not None, engine
         self.teacher: nn.Module | None = None
         self._placed_on: torch.device | None = None
+        self._fingerprint: str | None = None
         self._hooked: nn.Module | None = None
         self.projections: HiddenProjections | None = None
         self._sites: tuple[nn.Module, list[GraftSite]] | None = None
@@ -67,14 +74,24 @@ class Distiller:
     def hire(self, student: nn.Module, device: torch.device) -> nn.Module:
         """Give the teacher, on the device; where none was given, the first call copies the student as it is then."""
         if self.teacher is None:
+            if is_sharded_model(student):
+                raise RuntimeError(
+                    "the model was sharded before a teacher could be copied from it: call train() first, or pass "
+                    "teacher_model."
+                )
             self.teacher = copy_as_teacher(student)
         # Once, and not in every micro-batch: walking over all parameters takes longer than a small step.
         if self._placed_on != device:
             if self.config.attention_weight:
                 return_attention_maps(self.teacher)
+            if self.engine is not None:
+                self.engine.complete_teacher(self.teacher)
+            self._fingerprint = fingerprint(self.teacher)
             self.teacher.to(device)
             if self.projections is not None:
                 self.projections.to(device)
+            if self.engine is not None:
+                self.engine.place_teacher(self.teacher, grafted=self.config.graft_start < 1.0)
             self._placed_on = device
         return self.teacher
 
@@ -115,7 +132,7 @@ class Distiller:
 
     def agreed_facts(self) -> dict[str, Any]:
         """Give what a resumed run has to agree with: which teacher it is."""
-        return {} if self.teacher is None else {"teacher": fingerprint(self.teacher)}
+        return {} if self._fingerprint is None else {"teacher": self._fingerprint}
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write what a resumed run needs beside its student into a training checkpoint."""

@@ -15,6 +15,7 @@ from hf_sparse.core.report import report
 from hf_sparse.hub.facts import CardFacts, CostFacts, DataFacts, MetricFacts, recipe_facts
 from hf_sparse.hub.history import history_facts
 from hf_sparse.inference.environment import environment
+from hf_sparse.training.distributed import plain_class
 
 if TYPE_CHECKING:
     from hf_sparse.training.trainer import SparseDistillTrainer
@@ -97,7 +98,7 @@ def hardware() -> str:
 
 
 def _task(model: Any) -> tuple[str | None, str | None]:
-    name = type(model).__name__
+    name = plain_class(model).__name__
     for task, mapping in TASK_MAPPING.items():
         listed: Any = mapping
         if any(name in (names if isinstance(names, tuple | list) else (names,)) for names in listed.values()):

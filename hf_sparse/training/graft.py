@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from hf_sparse.core.targets import find_stacks
+from hf_sparse.training.distributed import plain_class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +60,12 @@ def graft_sites(student: nn.Module, teacher: nn.Module) -> list[GraftSite]:
                 f"the teacher. Use a teacher of the same depth, or set graft_start=1."
             )
         for index, (layer, teacher_layer) in enumerate(zip(stack, theirs[name], strict=True)):
-            if type(layer) is not type(teacher_layer) or _norm_sizes(layer) != _norm_sizes(teacher_layer):
+            kinds = [plain_class(module) for module in (layer, teacher_layer)]
+            if kinds[0] is not kinds[1] or _norm_sizes(layer) != _norm_sizes(teacher_layer):
                 raise ValueError(
-                    f"grafting needs layers that fit each other: {name}.{index} is a {type(layer).__name__} with "
-                    f"norms of {_norm_sizes(layer)} in the student and a {type(teacher_layer).__name__} with norms "
-                    f"of {_norm_sizes(teacher_layer)} in the teacher. Set graft_start=1 for such a teacher."
+                    f"grafting needs layers that fit each other: {name}.{index} is a {kinds[0].__name__} with norms "
+                    f"of {_norm_sizes(layer)} in the student and a {kinds[1].__name__} with norms of "
+                    f"{_norm_sizes(teacher_layer)} in the teacher. Set graft_start=1 for such a teacher."
                 )
             sites.append(GraftSite(stack=stack, index=index, teacher_layer=teacher_layer))
     return sites

@@ -35,6 +35,19 @@ def magnitude(weight: Tensor, block_shape: BlockShape) -> Tensor:
     return block_norms(weight, block_shape) / (block_shape[0] * block_shape[1]) ** 0.5
 
 
+def magnitudes(norms: Mapping[str, Tensor], block_shapes: Mapping[str, BlockShape]) -> dict[str, Tensor]:
+    """Score blocks as `magnitude` does, from their L2 norms.
+
+    Args:
+        norms: {name: [R, C]}, >= 0.
+        block_shapes: {name: (h, w)}, both positive.
+
+    Returns:
+        {name: [R, C]}, >= 0.
+    """
+    return {name: norm / (block_shapes[name][0] * block_shapes[name][1]) ** 0.5 for name, norm in norms.items()}
+
+
 def activation(weight: Tensor, block_shape: BlockShape, input_rms: Tensor) -> Tensor:
     """Score blocks by the root mean square of what their weights multiply out to: |weight| times its input's size.
 
@@ -92,10 +105,14 @@ def input_rms(
     finally:
         model.train(was_training)
     rms = {}
+    parts: list[Tensor] = []
     for name, module in targets.items():
         weight = weight_view(module)
-        square = sum_over_ranks(squares.get(name, weight.new_zeros(weight.shape[1], dtype=torch.float32)))
-        count = sum_over_ranks(counts.get(name, weight.new_zeros((), dtype=torch.float32)))
+        nothing = torch.zeros(weight.shape[1], device=weight.device)
+        parts += [squares.get(name, nothing), counts.get(name, nothing[0]).reshape(1)]
+    # One message for all layers.
+    summed = sum_over_ranks(torch.cat(parts)).split([len(part) for part in parts]) if parts else ()
+    for name, square, count in zip(targets, summed[::2], summed[1::2], strict=True):
         rms[name] = torch.where(count > 0, (square / count.clamp(min=1.0)).sqrt(), 1.0)
     return rms
 

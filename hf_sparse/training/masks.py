@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from hf_sparse.core.blocks import BlockShape, grid_shape, scale_blocks_, to_blocks
+from hf_sparse.core.blocks import BlockShape, grid_shape
 from hf_sparse.core.targets import assign_block_shapes, find_targets, grad_view, weight_view
-from hf_sparse.training.importance import magnitude
+from hf_sparse.training.distributed import norms_of_blocks, pruned_are_zero, scale_blocks_of_
+from hf_sparse.training.importance import magnitudes
 
 
 class BlockMasks:
@@ -63,9 +64,13 @@ class BlockMasks:
         return cls(find_targets(model), block_shape, scope)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, weight [O, I]) of every target; the weight shares memory with the module's."""
+        """Yield (name, weight [O, I]) of every target; whole or sharded, sharing memory with the module."""
         for name, module in self.targets.items():
             yield name, weight_view(module)
+
+    def norms(self) -> dict[str, Tensor]:
+        """Give {name: [R, C]}, the L2 norms of all blocks; one message between ranks where weights are sharded."""
+        return norms_of_blocks(dict(self.weights()), self.block_shapes)
 
     @property
     def sparsity(self) -> float:
@@ -102,9 +107,9 @@ class BlockMasks:
         if not 0.0 <= sparsity < 1.0:
             raise ValueError(f"sparsity={sparsity!r} must be in [0, 1).")
         ranked = {}
+        scores = magnitudes(self.norms(), self.block_shapes) if scores is None else scores
         for name, weight in self.weights():
-            mask = self._mask_on(name, weight.device)
-            score = magnitude(weight, self.block_shapes[name]) if scores is None else scores[name]
+            mask, score = self._mask_on(name, weight.device), scores[name]
             if score.shape != mask.shape:
                 raise ValueError(
                     f"the scores of {name} have shape {list(score.shape)}, its grid is {list(mask.shape)}."
@@ -136,11 +141,7 @@ class BlockMasks:
 
     def is_applied(self) -> bool:
         """Tell whether every pruned block is exactly zero. Waits for the device."""
-        for name, weight in self.weights():
-            mask = self._mask_on(name, weight.device)
-            if to_blocks(weight.detach(), self.block_shapes[name])[~mask].any():
-                return False
-        return True
+        return pruned_are_zero(dict(self.weights()), self.masks, self.block_shapes)
 
     def off_target(self, sparsity: float) -> str | None:
         """Say which budget misses a sparsity by more than one block; None if none does. Waits for the device."""
@@ -197,7 +198,7 @@ class BlockMasks:
         return int((~self.masks[name]).sum()) * h * w
 
     def _zero(self, tensor: Tensor, name: str) -> None:
-        scale_blocks_(tensor, self._mask_on(name, tensor.device), self.block_shapes[name])
+        scale_blocks_of_(tensor, self._mask_on(name, tensor.device), self.block_shapes[name])
 
     def _mask_on(self, name: str, device: torch.device) -> Tensor:
         if self.masks[name].device != device:

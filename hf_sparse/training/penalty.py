@@ -48,7 +48,48 @@ def next_coef(weight: Tensor, block_shape: BlockShape, epsilon: float) -> Tensor
         >>> next_coef(torch.tensor([[3., 4.]]), (1, 2), epsilon=5.0)
         tensor([[0.1000]])
     """
-    return 1.0 / (block_norms(weight.detach(), block_shape) + epsilon)
+    return coef_of_norms(block_norms(weight.detach(), block_shape), epsilon)
+
+
+def coef_of_norms(norms: Tensor, epsilon: float) -> Tensor:
+    """Compute the reweighting coefficients 1 / (norm + epsilon) from the norms of blocks, [R, C]."""
+    return 1.0 / (norms + epsilon)
+
+
+def lasso_of_norms(norms: Tensor, coef: Tensor | None) -> Tensor:
+    """Compute the penalty, a scalar, from the norms and coefficients of blocks, both [R, C]; None = 1 for each."""
+    return norms.sum() if coef is None else (coef * norms).sum()
+
+
+def gradient_factors(norms: Tensor, coef: Tensor | None) -> Tensor:
+    """Compute what a block is multiplied by to give the penalty's gradient: coef / norm; 0 at a block of zeros.
+
+    Args:
+        norms: [R, C], >= 0.
+        coef: [R, C]; None = 1 for every block.
+
+    Example:
+        >>> gradient_factors(torch.tensor([[2., 0.]]), None)
+        tensor([[0.5000, 0.0000]])
+    """
+    safe = torch.where(norms > 0, norms, 1.0)
+    return torch.where(norms > 0, (1.0 if coef is None else coef) / safe, 0.0)
+
+
+def shrink_factors(norms: Tensor, coef: Tensor | None, threshold: float) -> Tensor:
+    """Compute what a block is multiplied by in the proximal step: max(0, 1 - threshold * coef / norm).
+
+    Args:
+        norms: [R, C], >= 0.
+        coef: [R, C]; None = 1 for every block.
+        threshold: learning rate * penalty_weight, >= 0.
+
+    Example:
+        >>> shrink_factors(torch.tensor([[4., 0.5]]), None, threshold=1.0)
+        tensor([[0.7500, 0.0000]])
+    """
+    safe = torch.where(norms > 0, norms, 1.0)
+    return (1.0 - threshold * (1.0 if coef is None else coef) / safe).clamp_(min=0.0)
 
 
 @torch.no_grad()
@@ -67,9 +108,7 @@ def penalty_gradient(weight: Tensor, block_shape: BlockShape, coef: Tensor | Non
         The value, a scalar; the gradient [O, I] in the weight's dtype.
     """
     norms = block_norms(weight, block_shape)
-    coef = torch.ones_like(norms) if coef is None else coef
-    scale = torch.where(norms > 0, coef / torch.where(norms > 0, norms, 1.0), 0.0)
-    return (coef * norms).sum(), scale_blocks_(weight.clone(), scale, block_shape)
+    return lasso_of_norms(norms, coef), scale_blocks_(weight.clone(), gradient_factors(norms, coef), block_shape)
 
 
 @torch.no_grad()
@@ -92,10 +131,8 @@ def proximal_shrink_(weight: Tensor, block_shape: BlockShape, coef: Tensor | Non
         tensor([[2.4000, 3.2000, 0.0000, 0.0000]])
     """
     norms = block_norms(weight, block_shape)
-    coef = torch.ones_like(norms) if coef is None else coef
-    factor = (1.0 - threshold * coef / torch.where(norms > 0, norms, 1.0)).clamp_(min=0.0)
-    scale_blocks_(weight, factor, block_shape)
-    return (coef * norms).sum()
+    scale_blocks_(weight, shrink_factors(norms, coef, threshold), block_shape)
+    return lasso_of_norms(norms, coef)
 
 
 def _at_least_float32(weight: Tensor) -> torch.dtype:

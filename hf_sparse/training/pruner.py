@@ -11,10 +11,18 @@ from torch import Tensor, nn
 from hf_sparse.core.feed_forward import FeedForward, find_feed_forwards, unit_overrides
 from hf_sparse.core.targets import assign_block_shapes, find_targets, grad_view, weight_view
 from hf_sparse.training.config import SparseDistillConfig
-from hf_sparse.training.distributed import broadcast_from_rank_0_
-from hf_sparse.training.importance import activation, magnitude
+from hf_sparse.training.distributed import (
+    add_scaled_blocks_,
+    all_finite,
+    broadcast_from_rank_0_,
+    check_agreement,
+    norms_of_blocks,
+    reshard,
+    scale_blocks_of_,
+)
+from hf_sparse.training.importance import magnitudes
 from hf_sparse.training.masks import BlockMasks
-from hf_sparse.training.penalty import next_coef, penalty_gradient, proximal_shrink_
+from hf_sparse.training.penalty import coef_of_norms, gradient_factors, lasso_of_norms, shrink_factors
 from hf_sparse.training.schedules import StepPlan
 from hf_sparse.training.units import tie_scores
 
@@ -31,7 +39,7 @@ class Pruner:
     """
 
     def __init__(self, model: nn.Module, config: SparseDistillConfig) -> None:
-        self.config = config
+        self.model, self.config = model, config
         # A run that neither prunes nor penalises has no targets: it is plain (distilled) training of any model.
         active = config.sparsity > 0.0 or config.penalty_weight > 0.0
         targets = find_targets(model, config.target_modules, config.exclude_modules) if active else {}
@@ -53,7 +61,7 @@ class Pruner:
 
     @torch.no_grad()
     def begin_step(self, plan: StepPlan, measure: Callable[[], Mapping[str, Tensor]] | None = None) -> None:
-        """Take coefficients and masks anew where the plan says so; rank 0 decides for all ranks.
+        """Take coefficients and masks anew where the plan says so; rank 0 decides for all ranks, which then compare.
 
         Args:
             plan: the step's plan.
@@ -61,14 +69,20 @@ class Pruner:
 
         Raises:
             ValueError: if it is needed and missing.
+            RuntimeError: if the masks are not the same on all ranks.
         """
+        if plan.update_masks or plan.update_coefs:
+            reshard(self.model)
         if plan.update_coefs:
             epsilon = self.config.penalty_epsilon
-            self.coefs = {n: next_coef(w, self.masks.block_shapes[n], epsilon) for n, w in self.masks.weights()}
-            broadcast_from_rank_0_(self.coefs.values())
+            self.coefs = {name: coef_of_norms(norm, epsilon) for name, norm in self.masks.norms().items()}
+            broadcast_from_rank_0_(self.coefs)
         if plan.update_masks:
-            self.masks.choose(plan.sparsity, tie_scores(self._scores(measure), self.parts))
-            broadcast_from_rank_0_(self.masks.masks.values())
+            check_agreement(self.masks.masks, f"before the mask update of step {plan.step}")
+            scores = tie_scores(self._scores(measure), self.parts)
+            self.masks.choose(plan.sparsity, scores)
+            broadcast_from_rank_0_(self.masks.masks)
+            check_agreement(self.masks.masks, f"after the mask update of step {plan.step}")
             self.masks.apply_()
 
     @torch.no_grad()
@@ -85,18 +99,19 @@ class Pruner:
         if not plan.penalty_weight or self.config.penalty_form != "loss":
             return None
         values = []
-        for name, module in self.masks.targets.items():
-            shape = self.masks.block_shapes[name]
-            value, gradient = penalty_gradient(weight_view(module), shape, self._coef(name))
-            values.append(value)
+        for name, norm in self.masks.norms().items():
+            module, coef = self.masks.targets[name], self._coef(name)
+            values.append(lasso_of_norms(norm, coef))
             grad = grad_view(module)
             if grad is None:
                 # A layer that the teacher stood in for in every micro-batch still feels the penalty.
                 module.weight.grad = torch.zeros_like(module.weight)  # type: ignore[arg-type]
                 grad = cast(Tensor, grad_view(module))
+            factors = gradient_factors(norm, coef)
             if gradient_scale is not None:
-                gradient = gradient * gradient_scale
-            grad.add_(gradient, alpha=plan.penalty_weight)
+                factors = factors * gradient_scale
+            shape = self.masks.block_shapes[name]
+            add_scaled_blocks_(grad, weight_view(module), factors, shape, plan.penalty_weight)
         return torch.stack(values).sum()
 
     @torch.no_grad()
@@ -112,10 +127,12 @@ class Pruner:
         """
         values = []
         if plan.penalty_weight and self.config.penalty_form == "proximal":
-            for name, module in self.masks.targets.items():
+            for name, norm in self.masks.norms().items():
+                module, coef = self.masks.targets[name], self._coef(name)
                 threshold = plan.penalty_weight * learning_rates.get(id(module.weight), 0.0)
-                shape = self.masks.block_shapes[name]
-                values.append(proximal_shrink_(weight_view(module), shape, self._coef(name), threshold))
+                values.append(lasso_of_norms(norm, coef))
+                factors = shrink_factors(norm, coef, threshold)
+                scale_blocks_of_(weight_view(module), factors, self.masks.block_shapes[name])
         self.masks.apply_()
         return torch.stack(values).sum() if values else None
 
@@ -125,7 +142,9 @@ class Pruner:
         Raises:
             RuntimeError: saying what was reached.
         """
-        diverged = [name for name, weight in self.masks.weights() if not torch.isfinite(weight).all()]
+        reshard(self.model)
+        check_agreement(self.masks.masks, "at the end of training")
+        diverged = [name for name, finite in all_finite(dict(self.masks.weights())).items() if not finite]
         if diverged:
             raise RuntimeError(
                 f"training diverged: {diverged[0]} holds NaN or infinite weights, and so do {len(diverged)} target "
@@ -144,12 +163,15 @@ class Pruner:
             )
 
     def _scores(self, measure: Callable[[], Mapping[str, Tensor]] | None) -> dict[str, Tensor]:
+        weights, shapes = dict(self.masks.weights()), self.masks.block_shapes
         if self.config.importance == "magnitude":
-            return {name: magnitude(w, self.masks.block_shapes[name]) for name, w in self.masks.weights()}
+            return magnitudes(norms_of_blocks(weights, shapes), shapes)
         if measure is None:
             raise ValueError(f"importance={self.config.importance!r} looks at a batch: pass measure to begin_step.")
         rms = measure()
-        return {name: activation(w, self.masks.block_shapes[name], rms[name]) for name, w in self.masks.weights()}
+        # The forward that measured may have gathered weights.
+        reshard(self.model)
+        return magnitudes(norms_of_blocks(dict(self.masks.weights()), shapes, rms), shapes)
 
     def _coef(self, name: str) -> Tensor | None:
         if name not in self.coefs:

@@ -25,6 +25,7 @@ def save_final(
     masks: dict[str, Tensor],
     save_others: Callable[[Path], None],
     cropped: bool = False,
+    is_copy: bool = False,
 ) -> None:
     """Save a pruned model and what belongs to it.
 
@@ -34,12 +35,13 @@ def save_final(
         masks: {name: [R, C]} of the layers to compress; empty = save dense.
         save_others: writes tokenizer, card and the like into the folder that it is given.
         cropped: save dense, without the units that died in every layer (`inference.exits.crop`).
+        is_copy: whether the model may be changed, so that no copy of it is needed.
     """
-    to_save: Any = model
+    to_save: Any = model if is_copy or not (cropped or masks) else copy_to_cpu(model)
     if cropped:
-        to_save = crop(copy_to_cpu(model))
+        to_save = crop(to_save)
     elif masks:
-        to_save = compress(copy_to_cpu(model), masks=masks)
+        to_save = compress(to_save, masks=masks)
     with atomic_folder(folder, stale=lambda name: _WEIGHT_FILE.fullmatch(name) is not None) as staging:
         to_save.save_pretrained(staging)
         save_others(staging)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
@@ -19,17 +22,23 @@ def refuse_unsupported_engine(args: TrainingArguments) -> None:
     Raises:
         ValueError: naming the setting and the way out.
     """
-    way_out = "Launch with plain DDP instead: accelerate launch --multi_gpu, without fsdp and deepspeed settings."
+    way_out = "Launch with plain DDP (accelerate launch --multi_gpu), or with FSDP2: examples/accelerate/ has both."
     # `accelerate launch` turns engines on through the environment alone.
     if args.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError(
-            f"deepspeed={args.deepspeed or True!r} is not supported: ZeRO keeps its own copies of the weights, from "
-            f"which pruned blocks would come back. {way_out}"
+            f"deepspeed={args.deepspeed or True!r} is not supported: ZeRO steps on weights and gradients of its own, "
+            f"flattened, from which pruned blocks would come back and which the penalty would not reach. {way_out} "
+            f"FSDP2 shards weights, gradients and optimizer states as ZeRO-3 does."
         )
     if args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        raise ValueError(
-            f"fsdp={args.fsdp or True!r} is not supported: shards of a weight cut through its blocks. {way_out}"
-        )
+        given: Any = args.fsdp_config or {}
+        version = int(given.get("version", 2) if args.fsdp else os.environ.get("FSDP_VERSION", "1"))
+        if version != 2 or given.get("xla"):
+            raise ValueError(
+                f"FSDP version {version}{' on XLA' if given.get('xla') else ''} is not supported: it flattens "
+                f"weights, so that a shard has neither rows nor blocks. Use FSDP2: fsdp_version: 2 in the accelerate "
+                f"config, or fsdp_config={{'version': 2}}."
+            )
     if args.parallel_mode.name == "SAGEMAKER_MODEL_PARALLEL":
         raise ValueError(f"SageMaker model parallelism is not supported: it cuts through blocks. {way_out}")
     if args.n_gpu > 1:
@@ -45,6 +54,11 @@ def refuse_unsupported_model(model: nn.Module, config: SparseDistillConfig) -> N
     Raises:
         ValueError: naming what was found and the way out.
     """
+    if getattr(model, "is_distributed_loading_by_transformers", False):
+        raise ValueError(
+            f"{type(model).__name__} was sharded while it was loaded. Load it whole, without distributed_config or "
+            f"tp_plan, and let accelerate shard it: examples/accelerate/fsdp2.yaml."
+        )
     if hasattr(model, "peft_config"):
         raise ValueError(
             f"{type(model).__name__} holds PEFT adapters, whose base weights do not train. "

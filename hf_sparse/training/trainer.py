@@ -15,6 +15,7 @@ from hf_sparse.hub.card import CARD_FILE, is_rendered, write_card
 from hf_sparse.training.checkpoint import check_writable, load_state, save_state
 from hf_sparse.training.config import SparseDistillConfig
 from hf_sparse.training.distiller import Distiller
+from hf_sparse.training.distributed import Engine
 from hf_sparse.training.facts import run_facts
 from hf_sparse.training.hooks import StepHooks
 from hf_sparse.training.importance import input_rms
@@ -87,7 +88,8 @@ class SparseDistillTrainer(TeachingTrainer):
         self.pruner = Pruner(model, self.args)
         self._shifted = predicts_next(model)
         check_tokenizer(self.processing_class, self._given_teacher if self.args.needs_teacher else None)
-        self.distiller = Distiller(model, self.args, self._given_teacher)
+        self.engine = Engine(self.accelerator, model)
+        self.distiller = Distiller(model, self.args, self._given_teacher, self.engine)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Make a model with `model_init`; a new model means new masks and a new teacher."""
@@ -237,18 +239,21 @@ class SparseDistillTrainer(TeachingTrainer):
         """Save the model; outside checkpoints without its pruned blocks, if `save_format` is "compressed"."""
         folder = Path(output_dir or self.args.output_dir or ".")
         is_checkpoint = _internal_call and folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
-        if is_checkpoint or not isinstance(self.student, PreTrainedModel):
+        if is_checkpoint:
             super().save_model(output_dir, _internal_call)
-            if is_checkpoint and self.args.should_save:
+            if self.args.should_save:
                 save_state(folder, self.pruner.masks, self.pruner.coefs, self._agreed_facts())
                 self.distiller.save(folder)
             return
-        if self.args.should_save:
-            self._save_final(folder)
+        whole = self.engine.whole(self.student, keep=self.args.should_save)
+        if isinstance(whole, PreTrainedModel):
+            self._save_final(whole, folder)
+        elif whole is not None:
+            self._save(str(folder), state_dict=whole.state_dict())
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def _save_final(self, folder: Path) -> None:
+    def _save_final(self, model: PreTrainedModel, folder: Path) -> None:
         masks = self.pruner.masks.state_dict() if self.args.save_format == "compressed" else {}
 
         def save_others(staging: Path) -> None:
@@ -261,4 +266,5 @@ class SparseDistillTrainer(TeachingTrainer):
             if not card.is_file() or is_rendered(card.read_text(encoding="utf-8")):
                 write_card(staging, run_facts(self, staging, self._teacher_metrics))
 
-        save_final(self.student, folder, masks, save_others, cropped=self.args.save_format == "cropped")
+        cropped, is_copy = self.args.save_format == "cropped", model is not self.student
+        save_final(model, folder, masks, save_others, cropped=cropped, is_copy=is_copy)

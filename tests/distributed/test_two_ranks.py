@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,60 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.distributed.launching import launched_once
 from tests.training.scenarios import TASKS, everything_on, model_for
 from tests.training.test_trainer_options import mean_loss
 from tests.training.tiny import assert_same, bert, gradients_of, pad, rows
 
-ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT = 240.0
 pytestmark = pytest.mark.dist
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def launch(script: str, folder: Path) -> None:
-    """Run a script as two ranks on this machine, and end both whatever happens."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1",
-        f"--master-port={free_port()}", script, str(folder),
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-                   "TORCH_CPP_LOG_LEVEL": "ERROR"}  # fmt: skip
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    try:
-        output, _ = process.communicate(timeout=TIMEOUT)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, 9)
-            process.wait(10)
-    assert process.returncode == 0, output[-6000:]
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """The folder of the one launch, and what each rank saw."""
-    base = tmp_path_factory.getbasetemp()
-    # Workers of pytest-xdist share the folder above: the first to come launches, the others wait for it.
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "two-ranks"
-    try:
-        folder.mkdir()
-    except FileExistsError:
-        deadline = time.monotonic() + TIMEOUT
-        while not (folder / "ended").exists() and time.monotonic() < deadline:
-            time.sleep(0.2)
-    else:
-        try:
-            launch(str(ROOT / "tests" / "distributed" / "two_ranks.py"), folder)
-        finally:
-            (folder / "ended").touch()
-    first, second = (torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in (0, 1))
-    return folder, first, second
+    folder, seen = launched_once("two_ranks.py", 2, tmp_path_factory)
+    return folder, seen[0], seen[1]
 
 
 def assert_close(first: dict[str, Tensor], second: dict[str, Tensor], where: str) -> None:
@@ -164,3 +118,18 @@ def test_activation_checkpointing_and_grafting_go_together(ranks: Any, tmp_path:
 def test_every_rank_says_that_a_run_ended_off_target(ranks: Any) -> None:
     for seen in ranks[1:]:
         assert "ended off target" in seen["off_target"]["error"]
+
+
+def test_one_changed_bit_on_one_rank_ends_the_run_and_names_the_layer(ranks: Any) -> None:
+    # The masks are chosen before steps 2 and 4 of 6.
+    moments = {
+        "between": ("before the mask update of step 4", 4),
+        "in": ("after the mask update of step 2", 2),
+        "after": ("at the end of training", 6),
+    }
+    for seen in ranks[1:]:
+        for moment, (when, steps) in moments.items():
+            error, done = seen["tampering"][moment]
+            assert f"bert.encoder.layer.1.attention.self.key are not the same on all 2 ranks {when}" in error
+            assert done == steps
+        assert seen["tampering"]["never"] == ("", 6)

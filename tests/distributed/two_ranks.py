@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hf_sparse.training import pruner
 from tests.training.scenarios import TASKS, everything_on, model_for, set_quiet
 from tests.training.test_trainer_options import mean_loss, sum_loss
 from tests.training.tiny import CHECKPOINTING, Watch, bert, gradients_of, make_trainer, rows, weights_of
@@ -57,11 +58,10 @@ def masks_agree(folder: Path) -> dict[str, Any]:
     masks, choose = trainer.pruner.masks, trainer.pruner.masks.choose
     alone: list[dict[str, Tensor]] = []
 
-    def choose_at_random(sparsity: float) -> None:
+    def choose_at_random(sparsity: float, scores: Any) -> None:
         if dist.get_rank() == 1:
-            choose(sparsity, {name: torch.rand(mask.shape) for name, mask in masks.masks.items()})
-        else:
-            choose(sparsity)
+            scores = {name: torch.rand(mask.shape) for name, mask in masks.masks.items()}
+        choose(sparsity, scores)
         alone.append(masks.state_dict())
 
     masks.choose = choose_at_random
@@ -132,6 +132,45 @@ def checkpointing(folder: Path) -> dict[str, Any]:
     return {"gradients": gradients_of(everything_on("classes", folder, 4, 1, **{CHECKPOINTING: True}))}
 
 
+def tampering(folder: Path) -> dict[str, Any]:
+    """What a run says in which one bit of one mask changes on one rank: between updates, in one, after the last."""
+    name, seen = "bert.encoder.layer.1.attention.self.key", {}
+
+    def flip(trainer: Any) -> None:
+        if dist.get_rank() == 1:
+            mask = trainer.pruner.masks.masks[name]
+            mask[0, 0] = ~mask[0, 0]
+
+    for moment in ("between", "in", "after", "never"):
+        trainer = make_trainer(bert(), folder, rows("classes", 16), sparsity=0.5, sparsity_end=0.6, kd_weight=0.0,
+                               max_steps=6, mask_updates=2, per_device_train_batch_size=4)  # fmt: skip
+        trainer.train_steps = 0
+
+        def at_step_end(state: Any, trainer: Any = trainer, moment: str = moment) -> None:
+            trainer.train_steps = state.global_step
+            if (moment == "between" and state.global_step == 3) or (moment == "after" and state.global_step == 5):
+                flip(trainer)
+
+        trainer.add_callback(Watch(on_step_end=at_step_end))
+        if moment == "in":
+            received = pruner.broadcast_from_rank_0_
+
+            def received_wrongly(tensors: Any, trainer: Any = trainer, received: Any = received) -> None:
+                received(tensors)
+                flip(trainer)
+
+            pruner.broadcast_from_rank_0_ = received_wrongly
+        try:
+            trainer.train()
+            seen[moment] = "", trainer.train_steps
+        except RuntimeError as error:
+            seen[moment] = str(error), trainer.train_steps
+        finally:
+            if moment == "in":
+                pruner.broadcast_from_rank_0_ = received
+    return seen
+
+
 def off_target(folder: Path) -> dict[str, Any]:
     """What a run that stops early says."""
     trainer = make_trainer(
@@ -149,7 +188,17 @@ def off_target(folder: Path) -> dict[str, Any]:
     return {"error": ""}
 
 
-SCENARIOS = (setting, invariance, masks_agree, resume, evaluation, loss_functions, checkpointing, off_target)
+SCENARIOS = (
+    setting,
+    invariance,
+    masks_agree,
+    resume,
+    evaluation,
+    loss_functions,
+    checkpointing,
+    tampering,
+    off_target,
+)
 
 
 def main() -> None:

@@ -194,7 +194,7 @@ def gradients_of(trainer: Any) -> list[dict[str, Tensor]]:
 
     def keep(state: Any) -> None:
         named = trainer.student.named_parameters()
-        seen.append({name: p.grad.detach().clone() for name, p in named if p.grad is not None})
+        seen.append({name: whole(p.grad) for name, p in named if p.grad is not None})
 
     trainer.add_callback(Watch(on_pre_optimizer_step=keep))
     trainer.train()
@@ -202,8 +202,13 @@ def gradients_of(trainer: Any) -> list[dict[str, Tensor]]:
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of all parameters, by name."""
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    """A copy of all parameters, by name; sharded ones are gathered, so that all ranks have to call it."""
+    return {name: whole(parameter) for name, parameter in model.named_parameters()}
+
+
+def whole(tensor: Any) -> Tensor:
+    """A copy of a tensor, gathered if it is sharded."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
 def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:

@@ -1,0 +1,193 @@
+"""What ranks do together under FSDP2: runs under a launcher, and leaves what each rank saw in a folder.
+
+Started by test_fsdp.py, which holds the assertions. The blocks are 16 rows high, the shards 8 rows of a weight (4 on
+four ranks): no shard of an attention weight holds a whole block.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from hf_sparse.training.distributed.shards import parts_of_shard
+from tests.distributed.cpu_fsdp import fsdp_on_cpu
+from tests.training.scenarios import everything_on, set_quiet
+from tests.training.tiny import CHECKPOINTING, Watch, bert, gradients_of, make_trainer, rows, weights_of
+
+BLOCKS = {"block_height": 16, "block_width": 2}
+SHARDED = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}}
+FULL = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT"}}
+RUN = {
+    **BLOCKS, "max_steps": 6, "sparsity": 0.6, "sparsity_end": 0.7, "mask_updates": 2, "penalty_weight": 1e-3,
+    "hidden_weight": 0.3, "weight_decay": 0.1, "max_grad_norm": 0.5,
+}  # fmt: skip
+DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+RANKS = int(os.environ.get("WORLD_SIZE", "1"))
+SPLIT = {"per_device_train_batch_size": 8 // RANKS}
+
+
+def setting(folder: Path) -> dict[str, Any]:
+    """How the weights lie, before and after, and how often a shard's edge cuts through blocks."""
+    trainer = make_trainer(bert(), folder, rows("classes", 8), **BLOCKS, **SHARDED, **SPLIT, max_steps=1)
+    trainer.train()
+    cut = 0
+    for name, weight in trainer.pruner.masks.weights():
+        height = weight.to_local().shape[0]
+        shape = trainer.pruner.masks.block_shapes[name]
+        parts = parts_of_shard((dist.get_rank() * height, 0), (height, weight.shape[1]), shape)
+        cut += any(part.shape != shape for part in parts)
+    of_teacher = next(trainer.teacher_model.bert.encoder.layer[0].parameters())
+    return {
+        "world_size": trainer.args.world_size, "rank": dist.get_rank(), "class": type(trainer.model).__name__,
+        "sharded": [isinstance(p, DTensor) for p in trainer.model.parameters()], "cut": cut,
+        "teacher_sharded": isinstance(of_teacher, DTensor),
+    }  # fmt: skip
+
+
+def invariance(folder: Path) -> dict[str, Any]:
+    """Gradients with every loss, the penalty and the masks on, with and without grafting, and what was logged."""
+    seen: dict[str, Any] = {}
+    cases: list[tuple[str, int, dict[str, Any]]] = [
+        ("classes", 1, {}), ("lm", 1, {"graft_start": 1.0}), ("gpt2", 1, {}), ("classes", 2, {"graft_start": 1.0}),
+    ]  # fmt: skip
+    for task, accumulate, changes in cases:
+        # GPT-2 stores its weights the other way round: there the shards cut through the width of blocks.
+        shape = {"gpt2": {"block_height": 2, "block_width": 16}, "lm": {"block_height": 8}}.get(task, BLOCKS)
+        trainer = everything_on(
+            task, folder, 8 // RANKS // accumulate, accumulate, logging_strategy="steps", logging_steps=1, **shape,
+            **SHARDED, **changes,
+        )  # fmt: skip
+        gradients = gradients_of(trainer)
+        logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+        seen[f"{task} {accumulate}"] = {
+            "gradients": gradients, "logs": logs, "masks": trainer.pruner.masks.state_dict(),
+            "weights": weights_of(trainer.student), "changes": {**shape, **changes},
+        }  # fmt: skip
+    return seen
+
+
+def whole_runs(folder: Path) -> dict[str, Any]:
+    """Runs to the end with AdamW and clipping: final weights, masks, coefficients."""
+    seen = {}
+    for name, changes in {
+        "loss": {}, "proximal": {"penalty_form": "proximal"}, "activation": {"importance": "activation"},
+        "global": {"sparsity_scope": "global"}, "grafted": {"graft_start": 0.4, "graft_end": 0.9},
+    }.items():  # fmt: skip
+        zero: list[bool] = []
+        trainer = make_trainer(bert(), folder, rows("classes", 32), **RUN, **SPLIT, **SHARDED, **changes)
+        trainer.add_callback(Watch(on_step_end=lambda s, t=trainer, z=zero: z.append(t.pruner.masks.is_applied())))
+        trainer.train()
+        seen[name] = {
+            "weights": weights_of(trainer.student), "masks": trainer.pruner.masks.state_dict(),
+            "coefs": trainer.pruner.coefs, "zero": zero, "changes": changes,
+        }  # fmt: skip
+    return seen
+
+
+def resume(folder: Path) -> dict[str, Any]:
+    """Weights after a whole run and after resumed ones, from checkpoints of shards and from whole ones."""
+    seen: dict[str, Any] = {}
+    for kind, fsdp in (("sharded", SHARDED), ("full", FULL)):
+
+        def run(name: str, kind: str = kind, fsdp: Any = fsdp, **train: Any) -> dict[str, Tensor]:
+            saving = {} if train else {"save_strategy": "steps", "save_steps": 1}
+            trainer = make_trainer(bert(**DROPOUT), folder / kind / name, rows("classes", 20), **RUN, **SPLIT, **fsdp,
+                                   **saving)  # fmt: skip
+            trainer.train(**train)
+            return weights_of(trainer.student)
+
+        straight = run("straight")
+        checkpoint = str(folder / kind / "straight" / "checkpoint-{}")
+        resumed = {n: run(f"from-{n}", resume_from_checkpoint=checkpoint.format(n)) for n in (1, 3, 5)}
+        seen[kind] = {"straight": straight, "resumed": resumed}
+    return seen
+
+
+def saving(folder: Path) -> dict[str, Any]:
+    """Evaluation between steps, the best checkpoint, the final save, a second save after more training."""
+    data = rows("classes", 16)
+    trainer = make_trainer(
+        bert(), folder / "run", data, **{**RUN, "sparsity_end": 0.4, "max_steps": 4}, **SPLIT, **SHARDED,
+        per_device_eval_batch_size=4, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
+        load_best_model_at_end=True, metric_for_best_model="loss", extra={"eval_dataset": data},
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model(folder / "final")
+    dist.barrier()
+    weights = weights_of(trainer.student)
+    return {
+        "best": trainer.state.best_model_checkpoint, "eval_loss": trainer.evaluate()["eval_loss"], "weights": weights,
+        "teacher_loss": trainer.evaluate_teacher()["teacher_loss"], "masks": trainer.pruner.masks.state_dict(),
+        "applied": trainer.pruner.masks.is_applied(),
+    }  # fmt: skip
+
+
+def options(folder: Path) -> dict[str, Any]:
+    """Mixed precision, activation checkpointing of FSDP and of the model, loading on one rank alone."""
+    seen: dict[str, Any] = {}
+    checkpointing = {"fsdp": True, "fsdp_config": {**SHARDED["fsdp_config"], "activation_checkpointing": True}}
+    for name, changes in {
+        "plain": SHARDED, "bf16": {**SHARDED, "bf16": True}, "checkpointing": checkpointing,
+        "checkpointing_of_model": {**SHARDED, CHECKPOINTING: True},
+    }.items():  # fmt: skip
+        trainer = make_trainer(bert(), folder / name, rows("classes", 16), **RUN, **SPLIT, **changes)
+        trainer.train()
+        trainer.save_model(folder / name / "final")
+        seen[name] = weights_of(trainer.student)
+        dist.barrier()
+    # Where a checkpoint is loaded on one rank alone, the others hold anything.
+    model = bert(seed=dist.get_rank())
+    fsdp = {"fsdp": True, "fsdp_config": {**SHARDED["fsdp_config"], "cpu_ram_efficient_loading": True}}
+    trainer = make_trainer(model, folder / "efficient", rows("classes", 16), **RUN, **SPLIT, **fsdp)
+    trainer.train()
+    seen["efficient"] = weights_of(trainer.student)
+    return seen
+
+
+def refusals(folder: Path) -> dict[str, str]:
+    """What is said to runs that end off target, and to FSDP1."""
+    trainer = make_trainer(bert(), folder, rows("classes", 8), **{**RUN, "max_steps": 8}, **SPLIT, **SHARDED)
+
+    def stop(state: Any) -> None:
+        trainer.control.should_training_stop = state.global_step == 2
+
+    trainer.add_callback(Watch(on_step_end=stop))
+    seen = {"off_target": "", "late_teacher": ""}
+    try:
+        trainer.train()
+    except RuntimeError as error:
+        seen["off_target"] = str(error)
+    trainer.distiller.teacher = None
+    try:
+        trainer.train()
+    except RuntimeError as error:
+        seen["late_teacher"] = str(error)
+    return seen
+
+
+SCENARIOS = {2: (setting, invariance, whole_runs, resume, saving, options, refusals), 4: (setting, invariance, resume)}
+
+
+def main() -> None:
+    """Run the scenarios of this number of ranks and save what this rank saw."""
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    set_quiet()
+    seen = {}
+    for scenario in SCENARIOS[RANKS]:
+        with fsdp_on_cpu():
+            seen[scenario.__name__] = scenario(folder / scenario.__name__)
+    torch.save(seen, folder / f"rank-{dist.get_rank()}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Starts a script as several ranks on this machine, once for all tests that look at what the ranks saw."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+TIMEOUT = 300.0
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody listens to."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch(script: Path, ranks: int, folder: Path) -> None:
+    """Run a script as ranks on this machine, and end all of them whatever happens."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-addr=127.0.0.1",
+        f"--master-port={free_port()}", str(script), str(folder),
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+                   "TORCH_CPP_LOG_LEVEL": "ERROR"}  # fmt: skip
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, 9)
+            process.wait(10)
+    assert process.returncode == 0, output[-6000:]
+
+
+def launched_once(
+    script: str, ranks: int, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[dict[str, Any]]]:
+    """Launch a script of this folder, and give its folder and what each rank saved there as rank-N.pt."""
+    base = tmp_path_factory.getbasetemp()
+    # Workers of pytest-xdist share the folder above: the first to come launches, the others wait for it.
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"{script}-{ranks}"
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        deadline = time.monotonic() + TIMEOUT
+        while not (folder / "ended").exists() and time.monotonic() < deadline:
+            time.sleep(0.2)
+    else:
+        try:
+            launch(HERE / script, ranks, folder)
+        finally:
+            (folder / "ended").touch()
+    return folder, [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(ranks)]
