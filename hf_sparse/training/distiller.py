@@ -64,6 +64,11 @@ class Distiller:
             check_teacher(student, self.teacher, config)
             if config.hidden_weight:
                 self.projections = needed_projections(student, self.teacher, config.seed)
+            if self.projections is not None and engine is not None and engine.is_sharded:
+                raise ValueError(
+                    "hidden_weight with a teacher of another width trains projections beside the model, which FSDP2 "
+                    "does not shard. Launch with DDP, use a teacher of the student's width, or set hidden_weight=0."
+                )
         elif config.graft_start < 1.0:
             graft_sites(student, student)
         if given is not None and not config.needs_teacher:

@@ -30,6 +30,7 @@ RUN = {
 }  # fmt: skip
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 RANKS = int(os.environ.get("WORLD_SIZE", "1"))
+STOPS = (1, 3, 5) if RANKS == 2 else (3,)
 SPLIT = {"per_device_train_batch_size": 8 // RANKS}
 
 
@@ -57,7 +58,7 @@ def invariance(folder: Path) -> dict[str, Any]:
     cases: list[tuple[str, int, dict[str, Any]]] = [
         ("classes", 1, {}), ("lm", 1, {"graft_start": 1.0}), ("gpt2", 1, {}), ("classes", 2, {"graft_start": 1.0}),
     ]  # fmt: skip
-    for task, accumulate, changes in cases:
+    for task, accumulate, changes in cases if RANKS == 2 else cases[::2]:
         # GPT-2 stores its weights the other way round: there the shards cut through the width of blocks.
         shape = {"gpt2": {"block_height": 2, "block_width": 16}, "lm": {"block_height": 8}}.get(task, BLOCKS)
         trainer = everything_on(
@@ -94,7 +95,8 @@ def whole_runs(folder: Path) -> dict[str, Any]:
 def resume(folder: Path) -> dict[str, Any]:
     """Weights after a whole run and after resumed ones, from checkpoints of shards and from whole ones."""
     seen: dict[str, Any] = {}
-    for kind, fsdp in (("sharded", SHARDED), ("full", FULL)):
+    kinds = {"sharded": SHARDED, "full": FULL} if RANKS == 2 else {"sharded": SHARDED}
+    for kind, fsdp in kinds.items():
 
         def run(name: str, kind: str = kind, fsdp: Any = fsdp, **train: Any) -> dict[str, Tensor]:
             saving = {} if train else {"save_strategy": "steps", "save_steps": 1}
@@ -105,7 +107,7 @@ def resume(folder: Path) -> dict[str, Any]:
 
         straight = run("straight")
         checkpoint = str(folder / kind / "straight" / "checkpoint-{}")
-        resumed = {n: run(f"from-{n}", resume_from_checkpoint=checkpoint.format(n)) for n in (1, 3, 5)}
+        resumed = {n: run(f"from-{n}", resume_from_checkpoint=checkpoint.format(n)) for n in STOPS}
         seen[kind] = {"straight": straight, "resumed": resumed}
     return seen
 
@@ -159,11 +161,17 @@ def refusals(folder: Path) -> dict[str, str]:
         trainer.control.should_training_stop = state.global_step == 2
 
     trainer.add_callback(Watch(on_step_end=stop))
-    seen = {"off_target": "", "late_teacher": ""}
+    seen = {"off_target": "", "late_teacher": "", "projections": ""}
     try:
         trainer.train()
     except RuntimeError as error:
         seen["off_target"] = str(error)
+    try:
+        make_trainer(
+            bert(), folder, rows("classes", 8), bert(hidden_size=32), **{**RUN, "hidden_weight": 0.5}, **SHARDED
+        )
+    except ValueError as error:
+        seen["projections"] = str(error)
     trainer.distiller.teacher = None
     try:
         trainer.train()

@@ -52,8 +52,15 @@ def test_the_models_are_sharded_and_the_shards_cut_through_blocks(launched: Any)
         assert setting["cut"] >= 5 * LAYERS
 
 
-@pytest.mark.parametrize("case", ["classes 1", "lm 1", "gpt2 1", "classes 2"])
-def test_gradients_masks_and_logs_are_those_of_one_rank(launched: Any, tmp_path: Path, case: str) -> None:
+@pytest.mark.parametrize(
+    ("count", "case"),
+    [("two", "classes 1"), ("two", "lm 1"), ("two", "gpt2 1"), ("two", "classes 2"), ("four", "classes 1"),
+     ("four", "gpt2 1")],
+)  # fmt: skip
+def test_gradients_masks_and_logs_are_those_of_one_rank(
+    request: pytest.FixtureRequest, tmp_path: Path, count: str, case: str
+) -> None:
+    launched = request.getfixturevalue(count)
     changes = launched[1][0]["invariance"][case]["changes"]
     alone = everything_on(case.split()[0], tmp_path, 8, 1, logging_strategy="steps", logging_steps=1, **changes)
     whole = gradients_of(alone)
@@ -86,9 +93,14 @@ def test_whole_runs_end_as_on_one_rank(two: Any, tmp_path: Path, name: str) -> N
 
 @pytest.mark.parametrize("kind", ["sharded", "full"])
 @pytest.mark.parametrize("stop", [1, 3, 5])
-def test_resumed_runs_equal_straight_ones_bit_for_bit(launched: Any, kind: str, stop: int) -> None:
-    for seen in launched[1]:
+def test_two_ranks_resume_bit_for_bit(two: Any, kind: str, stop: int) -> None:
+    for seen in two[1]:
         assert_same(seen["resume"][kind]["straight"], seen["resume"][kind]["resumed"][stop])
+
+
+def test_four_ranks_resume_bit_for_bit(four: Any) -> None:
+    for seen in four[1]:
+        assert_same(seen["resume"]["sharded"]["straight"], seen["resume"]["sharded"]["resumed"][3])
 
 
 def test_checkpoints_hold_shards_or_a_whole_model(two: Any) -> None:
@@ -155,6 +167,7 @@ def test_a_model_that_only_rank_0_has_loaded_teaches_on_all_ranks(two: Any) -> N
 def test_what_cannot_be_right_is_refused_on_every_rank(two: Any) -> None:
     for seen in two[1]:
         assert "ended off target" in seen["refusals"]["off_target"]
+        assert "which FSDP2 does not shard. Launch with DDP" in seen["refusals"]["projections"]
         assert "sharded before a teacher could be copied" in seen["refusals"]["late_teacher"]
 
 

@@ -159,14 +159,20 @@ def test_a_teacher_that_no_setting_uses_is_not_held_and_it_is_said(
 @pytest.mark.parametrize(
     ("changes", "environment", "message"),
     [
-        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, {}, r"deepspeed=.*is not supported: ZeRO keeps its own"),
         (
-            {"fsdp": True},
+            {"deepspeed": {"zero_optimization": {"stage": 2}}},
             {},
-            r"fsdp=True is not supported: shards of a weight cut through its blocks.*accelerate launch",
+            r"deepspeed=.*is not supported: ZeRO.*FSDP2",
         ),
+        (
+            {"fsdp": True, "fsdp_config": {"version": 1}},
+            {},
+            r"FSDP version 1 is not supported: it flattens weights.*fsdp_version: 2",
+        ),
+        ({"fsdp": True, "fsdp_config": {"xla": True}}, {}, r"FSDP version 2 on XLA is not supported"),
         ({"_n_gpu": 2}, {}, r"2 GPUs in one process.*nn\.DataParallel.*CUDA_VISIBLE_DEVICES=0"),
-        ({}, {"ACCELERATE_USE_FSDP": "true"}, r"fsdp.* is not supported"),
+        ({}, {"ACCELERATE_USE_FSDP": "true"}, r"FSDP version 1 is not supported"),
+        ({}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, r"FSDP version 1 is not supported"),
         ({}, {"ACCELERATE_USE_DEEPSPEED": "true"}, r"deepspeed.* is not supported"),
     ],
 )
