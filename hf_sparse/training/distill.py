@@ -25,6 +25,7 @@ def distillation_loss(
     temperature: float = 2.0,
     kind: str = "classes",
     mask: Tensor | None = None,
+    per_sample: bool = False,
 ) -> Tensor:
     """Compute how far the student's predictions are from the teacher's.
 
@@ -38,6 +39,7 @@ def distillation_loss(
         temperature: > 0.
         kind: one of "classes", "multi_label", "regression".
         mask: [...] bool, True = counts (tokens that carry a label); None = all.
+        per_sample: for "classes" of [B, T, V]: whether each sample weighs the same, and not each token.
 
     Returns:
         A scalar, float32: the mean over what counts.
@@ -62,6 +64,8 @@ def distillation_loss(
         )
     if kind == "classes":
         per_item = soft_divergence(student_logits, teacher_logits, temperature)
+        if per_sample:
+            return _per_sample(per_item, mask).mean()
         return per_item.mean() if mask is None else _masked_mean(per_item, mask)
     student, teacher = student_logits.float(), teacher_logits.detach().float()
     if kind == "regression":
@@ -173,7 +177,7 @@ def _per_sample(error: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None or mask.shape != error.shape:
         return error.flatten(1).mean(1)
     weight = mask.to(error.dtype)
-    return (error * weight).sum(1) / weight.sum(1).clamp(min=1.0)
+    return torch.where(mask.bool(), error, 0.0).sum(1) / weight.sum(1).clamp(min=1.0)
 
 
 def _masked_mean(error: Tensor, mask: Tensor) -> Tensor:
@@ -184,7 +188,10 @@ def _masked_mean(error: Tensor, mask: Tensor) -> Tensor:
 
 def _check_layers(what: str, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> None:
     if len(student) != len(teacher):
-        raise ValueError(f"the student gives {len(student)} {what}, the teacher {len(teacher)}: they must be as many.")
+        raise ValueError(
+            f"the student gives {len(student)} {what}, the teacher {len(teacher)}: they must be as many. Models that "
+            f"skip layers at random while they train need layerdrop=0 in their config."
+        )
     for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
         if s.shape != t.shape:
             raise ValueError(f"{what} {i}: the student's have shape {list(s.shape)}, the teacher's {list(t.shape)}.")

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from hf_sparse.training.distill import distillation_loss, embedding_loss
 
-# Embeddings by the names under which models of transformers and sentence-transformers return them.
+# Name of the mask [B, T] of the frames that stand for speech, which `speech.seen_by_losses` adds.
+FRAMES = "frame_mask"
 EMBEDDINGS = ("sentence_embedding", "image_embeds", "text_embeds")
 
 
@@ -29,8 +30,9 @@ def prediction_loss(
     """Compute the distillation loss that fits the task of a model, told from its outputs.
 
     Start and end logits: extractive QA, padding left out. [B, V]: classes, several labels or a score, as
-    `config.problem_type` says. [B, T, V]: per token, where a label counts (is not -100), or else at real tokens. No
-    logits: the embeddings by the names of `EMBEDDINGS`, or else the pooled last hidden state.
+    `config.problem_type` says. [B, T, V]: per token, where a label counts (is not -100), or else at real tokens; for
+    frames of speech a mean over those of each sample. No logits: the embeddings by the names of `EMBEDDINGS`, or else
+    the pooled last hidden state.
 
     Args:
         student, teacher: model outputs.
@@ -65,6 +67,10 @@ def prediction_loss(
             return distillation_loss(student_logits, teacher_logits, kind="regression")
         kind = "multi_label" if problem == "multi_label_classification" else "classes"
         return distillation_loss(student_logits, teacher_logits, temperature, kind)
+    frames = inputs.get(FRAMES)
+    if frames is not None and frames.shape == student_logits.shape[:-1]:
+        # Every recording weighs the same, however long it is.
+        return distillation_loss(student_logits, teacher_logits, temperature, mask=frames, per_sample=True)
     mask = None
     if unit == "items":
         mask = inputs["labels"] != -100
@@ -96,6 +102,8 @@ def prediction_unit(student: Any, inputs: Mapping[str, Any]) -> str:
             f"returns {found}: set kd_weight=0."
         )
     labels, attention_mask = inputs.get("labels"), inputs.get("attention_mask")
+    if FRAMES in inputs:
+        return "samples"
     if logits.ndim == 3 and labels is not None and labels.shape == logits.shape[:-1]:
         return "items"
     if logits.ndim == 3 and attention_mask is not None and attention_mask.shape == logits.shape[:-1]:

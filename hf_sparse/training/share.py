@@ -49,13 +49,15 @@ class StepTotals:
         Ranks average their gradients, so the factor undoes that division.
 
         Returns:
-            {unit of `UNITS`: a factor, scalar float32; None where it is exactly 1}.
+            {unit of `UNITS`: a factor, scalar float32; None where it is exactly 1}, and under "sum" the factor of a
+            loss that is a sum over samples.
         """
         if self.counts is None:
-            return dict.fromkeys(UNITS)
+            return dict.fromkeys((*UNITS, "sum"))
         counts = count_units(inputs, shifted).to(self.counts.device)
         factors = counts * world_size() / self.counts.clamp(min=1)
-        return dict(zip(UNITS, factors.unbind(), strict=True))
+        summed = torch.full((), float(world_size()), device=factors.device)
+        return {**dict(zip(UNITS, factors.unbind(), strict=True)), "sum": summed}
 
 
 def count_units(inputs: Mapping[str, Any], shifted: bool) -> Tensor:

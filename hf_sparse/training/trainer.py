@@ -24,6 +24,7 @@ from hf_sparse.training.pruner import Pruner
 from hf_sparse.training.saving import save_final
 from hf_sparse.training.schedules import StepPlan, plan_step
 from hf_sparse.training.share import StepTotals, count_units
+from hf_sparse.training.speech import seen_by_losses, task_unit
 from hf_sparse.training.stages import freeze_outside_layers, reset_optimizer, restarting_scheduler, with_graph
 from hf_sparse.training.support import predicts_next, refuse_unsupported_engine, refuse_unsupported_model
 from hf_sparse.training.teacher import check_tokenizer
@@ -86,7 +87,7 @@ class SparseDistillTrainer(TeachingTrainer):
         if self.args.train_only_layers:
             freeze_outside_layers(model)
         self.pruner = Pruner(model, self.args)
-        self._shifted = predicts_next(model)
+        self._shifted, self._task_unit = predicts_next(model), task_unit(model)
         check_tokenizer(self.processing_class, self._given_teacher if self.args.needs_teacher else None)
         self.engine = Engine(self.accelerator, model)
         self.distiller = Distiller(model, self.args, self._given_teacher, self.engine)
@@ -162,13 +163,14 @@ class SparseDistillTrainer(TeachingTrainer):
             if self.args.task_weight:
                 # A copy, because Trainer takes the labels out where a label smoother or a loss function needs them.
                 task_loss, outputs = self._task_loss(model, dict(asked))
-                terms = {"loss_task": (task_loss, "items")}
+                terms = {"loss_task": (task_loss, self._task_unit)}
             else:
                 outputs, terms = model(**asked), {}
         if teacher_outputs is not None:
             student_config = getattr(student, "config", None)
+            seen = seen_by_losses(student, inputs, outputs)
             terms |= distillation_terms(
-                outputs, teacher_outputs, inputs, student_config, self.args, self._shifted, self.distiller.projections
+                outputs, teacher_outputs, seen, student_config, self.args, self._shifted, self.distiller.projections
             )
         loss = with_graph(weighted_sum(terms, self.args, self._totals.shares(inputs, self._shifted), self._means))
         return (loss, outputs) if return_outputs else loss
