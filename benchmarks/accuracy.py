@@ -29,6 +29,7 @@ if __package__ in (None, ""):
 
 from benchmarks.accuracy_cell import ROOT, Sources, floor_score, scores, train_cell, write_json
 from benchmarks.accuracy_energy import kept_energy
+from benchmarks.accuracy_jobs import cell_file, run_jobs
 from hf_sparse.inference.environment import environment
 
 GRID, RESULTS = ROOT / "benchmarks/accuracy.yaml", ROOT / "benchmarks/results/accuracy.json"
@@ -145,6 +146,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of the tasks; left out = the Hub's glue")
     parser.add_argument("--work", type=Path, default=Path("accuracy_runs"), help="where cells and logs are kept")
     parser.add_argument("--cell", help="run this cell alone")
+    parser.add_argument("--grid", type=Path, default=GRID, help="the YAML of the grid")
+    parser.add_argument("--jobs", type=int, default=0, help="train stacks of cells, in this many processes on one GPU")
+    parser.add_argument("--until", type=float, default=1e9, help="with --jobs: seconds after which to stop")
+    parser.add_argument("--smoke", action="store_true", help="with --jobs: a few rows, one epoch; to rehearse a grid")
     parser.add_argument("--collect", action="store_true", help="only write results/accuracy.json")
     given = parser.parse_args()
     if not given.collect and given.model is None:
@@ -152,6 +157,17 @@ def main() -> None:
     if given.cell:
         command = f"python benchmarks/accuracy.py --model MINILM --data GLUE --cell {given.cell}"
         run_one(given.cell, Sources(model=given.model, data=given.data, work=given.work), command)
+        return
+    if given.jobs:
+        sources = Sources(model=given.model, data=given.data, work=given.work)
+        grid = yaml.safe_load(given.grid.read_text(encoding="utf-8"))
+        if given.smoke:
+            grid |= {"max_train_rows": 16, "max_dev_rows": 8, "train_probe_rows": 8}
+            grid["training"] |= {"bf16": False, "per_device_train_batch_size": 4}
+            for method in (*grid["methods"].values(), *grid["tasks"].values()):
+                method["epochs"] = 1
+        waiting = [cell for cell in expand(grid) if not cell_file(given.work, cell["name"]).is_file()]
+        run_jobs(waiting, grid, sources, given.jobs, given.until, "python benchmarks/accuracy.py --jobs N ...")
         return
     if not given.collect:
         run_grid(Sources(model=given.model, data=given.data, work=given.work))
