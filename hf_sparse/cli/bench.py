@@ -215,11 +215,11 @@ def _print_table(result: dict[str, Any]) -> None:
 
 def _check_card(path: Path) -> None:
     """Refuse, before minutes are spent, to record times where they could not be told."""
-    from hf_sparse.hub.card import CARD_FILE, facts_from_folder, is_rendered
+    from hf_sparse.hub.card import CARD_FILE, facts_from_folder, is_rendered_file
 
     facts_from_folder(path)
     card = path / CARD_FILE
-    if card.is_file() and not is_rendered(card.read_text(encoding="utf-8")):
+    if card.is_file() and not is_rendered_file(card):
         raise FileExistsError(f"{card} was edited by hand: `hf-sparse card {path} --force` renders it again.")
 
 

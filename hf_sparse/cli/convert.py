@@ -142,7 +142,7 @@ def write_folder(convert: Callable[[Path], None], src: Path, dst: Path, save_for
 
 def _update_card(src: Path, staging: Path, save_format: SaveFormat) -> None:
     """Bring the copied card up to date: another format and size, and times that were not measured on this copy."""
-    from hf_sparse.hub.card import CARD_FILE, is_rendered, write_card
+    from hf_sparse.hub.card import CARD_FILE, is_rendered_file, write_card
     from hf_sparse.hub.facts import FACTS_FILE, read_facts
 
     if not (src / FACTS_FILE).is_file():
@@ -150,7 +150,7 @@ def _update_card(src: Path, staging: Path, save_format: SaveFormat) -> None:
     size = sum(file.stat().st_size for file in staging.glob("model*.safetensors"))
     facts = replace(read_facts(src / FACTS_FILE), save_format=save_format, file_bytes=size, latency=())
     card = src / CARD_FILE
-    if card.is_file() and not is_rendered(card.read_text(encoding="utf-8")):
+    if card.is_file() and not is_rendered_file(card):
         (staging / FACTS_FILE).write_text(facts.to_json(), encoding="utf-8")
         typer.echo(f"{CARD_FILE} was edited by hand and is copied as it is; it may describe the source.", err=True)
     else:

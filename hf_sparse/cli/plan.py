@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -74,13 +73,9 @@ def _read_values(config_file: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{config_file} is not a file: expected a JSON file with fields of SparseDistillConfig."
         )
-    try:
-        values = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{config_file} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{config_file} must hold a JSON object, found {type(values).__name__}.")
-    return values
+    from hf_sparse.core.reading import read_object
+
+    return read_object(config_file)
 
 
 def _settings(values: dict[str, Any], config_file: Path | None) -> SparseDistillConfig:

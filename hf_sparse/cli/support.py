@@ -146,18 +146,11 @@ def is_compressed(folder: Path) -> bool:
 
     Raises:
         FileNotFoundError: if it holds no config.json.
-        ValueError: if that is not JSON.
+        FormatError: if that is not JSON.
     """
-    file = folder / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder} holds no config.json: expected the folder of a saved model.")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} must hold a JSON object, found {type(config).__name__}.")
-    quantization = config.get("quantization_config")
+    from hf_sparse.core.reading import read_config
+
+    quantization = read_config(folder).get("quantization_config")
     return isinstance(quantization, dict) and quantization.get("quant_method") == "hf_sparse"
 
 

@@ -92,7 +92,7 @@ def interrupted_save(target: str | os.PathLike[str]) -> Path | None:
 def _put_in_place(complete: Path, target: Path) -> None:
     journal = complete / _REMOVED
     # Without a journal all is in place already, and the crash came while the emptied folder was removed.
-    removed = json.loads(journal.read_text(encoding="utf-8")) if journal.is_file() else []
+    removed = _read_journal(journal) if journal.is_file() else []
     for path in sorted(complete.rglob("*")):
         if path.is_file() and path != journal:
             place = target / path.relative_to(complete)
@@ -102,6 +102,14 @@ def _put_in_place(complete: Path, target: Path) -> None:
         (target / name).unlink(missing_ok=True)
     _flush(target)
     shutil.rmtree(complete, ignore_errors=True)
+
+
+def _read_journal(journal: Path) -> list[str]:
+    # A folder that was copied or downloaded may bring one along that nobody here wrote.
+    removed = json.loads(journal.read_text(encoding="utf-8"))
+    if not isinstance(removed, list) or not all(isinstance(name, str) and Path(name).name == name for name in removed):
+        raise OSError(f"{journal} lists more than files of its folder: remove {journal.parent} and save again.")
+    return removed
 
 
 def _prefix(state: str) -> str:

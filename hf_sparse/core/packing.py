@@ -24,13 +24,27 @@ MASK_SUFFIX = "_block_mask"
 # No weight of a real layer comes near; what does is a damaged or hostile config and must not be allocated.
 MAX_WEIGHT_ELEMENTS = 2**40
 
+# Two lines of names and numbers fit; a page that somebody put into a config does not.
+_MAX_MESSAGE = 1000
+
 # The 8 bits of every byte as 8 bools, held in one number: looking them up is ten times as fast as shifting.
 _BITS = ((torch.arange(256, device="cpu")[:, None] >> torch.arange(8, device="cpu")) & 1).bool().view(torch.int64)
 _BITS = _BITS[:, 0]
 
 
 class FormatError(ValueError):
-    """A file or config is no valid hf_sparse checkpoint. The message names the file or layer, expected and found."""
+    """A file or config is no valid hf_sparse checkpoint. The message names the file or layer, expected and found.
+
+    What a hostile file put into a message is cut short, so that it stays one that somebody can read.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shortened(message))
+
+
+def shortened(message: str) -> str:
+    """Cut what is longer than somebody would read."""
+    return message if len(message) <= _MAX_MESSAGE else f"{message[:400]} [...] {message[-200:]}"
 
 
 @dataclass(frozen=True, kw_only=True)

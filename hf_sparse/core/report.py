@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import asdict, dataclass
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from hf_sparse.core.blocks import BlockShape
@@ -22,6 +20,7 @@ from hf_sparse.core.packing import (
     read_layer_formats,
     unpack_mask,
 )
+from hf_sparse.core.reading import CONFIG_FILE, opened, read_config, weight_files
 from hf_sparse.core.targets import find_stacks, is_linear, weight_view
 
 _ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
@@ -190,33 +189,20 @@ def _compressed_layer(name: str, layer: LayerFormat, item_bytes: int) -> LayerRe
 
 
 def _report_folder(folder: Path) -> SparsityReport:
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise FileNotFoundError(f"{folder} holds no config.json: expected the folder of a saved model.")
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FormatError(f"{config_file} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise FormatError(f"{config_file} must hold an object, found a {type(config).__name__}.")
+    config = read_config(folder)
     try:
         formats = _read_formats(config.get("quantization_config"))
     except FormatError as error:
-        raise FormatError(f"{config_file}: {error}") from error
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{folder} holds no model*.safetensors file.")
+        raise FormatError(f"{folder / CONFIG_FILE}: {error}") from error
+    files = weight_files(folder)
     layers, stored = [], 0
     bitmaps = _read_bitmaps(files) if formats else {}
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as handle:
-                for key in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    layer, size = _stored_tensor(handle, key, formats, bitmaps, file)
-                    stored += size
-                    layers += [layer] if layer else []
-        except SafetensorError as error:
-            raise FormatError(f"{file} is not a whole safetensors file: {error}") from error
+        with opened(file) as handle:
+            for key in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
+                layer, size = _stored_tensor(handle, key, formats, bitmaps, file)
+                stored += size
+                layers += [layer] if layer else []
     if missing := set(formats) - {layer.name for layer in layers}:
         raise FormatError(f"{folder} lists {sorted(missing)[0]!r} in config.json but stores no weight for it.")
     order = {name: i for i, name in enumerate(formats)}
@@ -236,12 +222,9 @@ def _read_bitmaps(files: list[Path]) -> dict[str, torch.Tensor]:
     # A bitmap may lie in another file than the values that it belongs to.
     bitmaps = {}
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as handle:
-                names = [key for key in handle.keys() if key.endswith(MASK_SUFFIX)]  # noqa: SIM118 (no mapping)
-                bitmaps.update({name: handle.get_tensor(name) for name in names})
-        except SafetensorError as error:
-            raise FormatError(f"{file} is not a whole safetensors file: {error}") from error
+        with opened(file) as handle:
+            names = [key for key in handle.keys() if key.endswith(MASK_SUFFIX)]  # noqa: SIM118 (no mapping)
+            bitmaps.update({name: handle.get_tensor(name) for name in names})
     return bitmaps
 
 
@@ -267,7 +250,7 @@ def _stored_tensor(
     # A folder has no module tree: the 2-D weights inside numbered layers are its linears.
     if not formats and len(shape) == 2 and key.endswith(".weight") and any(part.isdigit() for part in key.split(".")):
         # Opened anew for each: what is read through one handle stays in memory until that is closed.
-        with safe_open(file, framework="pt") as alone:
+        with opened(file) as alone:
             kept, total = int(torch.count_nonzero(alone.get_tensor(key))), math.prod(shape)
         layer_report = LayerReport(name=name, shape=shape, block_shape=(1, 1), kept_blocks=kept, total_blocks=total,
                                    bytes=size, dense_bytes=size)  # fmt: skip

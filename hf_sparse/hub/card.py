@@ -102,7 +102,7 @@ def write_card(folder: str | os.PathLike[str], facts: CardFacts, keep_edited: bo
     facts = replace(facts, base_model=_without_path(facts.base_model), teacher=_without_path(facts.teacher))
     facts = CardFacts.from_dict(facts.to_dict())
     card, before = Path(folder) / CARD_FILE, {picture.file for picture in facts.pictures}
-    if keep_edited and card.exists() and not is_rendered(card.read_text(encoding="utf-8")):
+    if keep_edited and card.exists() and not is_rendered_file(card):
         raise FileExistsError(f"{card} was written or edited by hand and would be lost.")
     now: set[str] = set()
     with atomic_folder(folder, stale=lambda name: name in before - now) as staging:
@@ -133,6 +133,14 @@ def is_rendered(text: str) -> bool:
     """
     found = list(_DIGEST_PATTERN.finditer(text))
     return bool(found) and found[-1].end() == len(text) and found[-1][1] == _digest(text[: found[-1].start()])
+
+
+def is_rendered_file(card: str | os.PathLike[str]) -> bool:
+    """Tell the same of a file, which may hold anything."""
+    try:
+        return is_rendered(Path(card).read_bytes().decode("utf-8"))
+    except UnicodeDecodeError:
+        return False
 
 
 def _without_path(name: str | None) -> str | None:

@@ -84,4 +84,7 @@ def _read_scalar(hint: Any, value: Any, where: str) -> Any:
     accepted = (int, float) if hint is float else hint
     if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
         raise FormatError(f"{where}={value!r} must be {hint.__name__}.")
+    if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+        # JSON can name half a character; no file can hold one.
+        raise FormatError(f"{where}={value!r} is no text.")
     return value

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hf_sparse.core.packing import FormatError
+from hf_sparse.core.reading import read_object
 from hf_sparse.core.report import LayerReport
 from hf_sparse.hub.checked import read_dataclass
 from hf_sparse.hub.parts import CostFacts as CostFacts
@@ -131,6 +132,12 @@ class CardFacts:
         for name, value in {**times, **sizes}.items():
             if value is not None and value <= 0:
                 raise FormatError(f"{name}={value!r} must be above 0.")
+        for i, layer in enumerate(facts.layers):
+            if not 0 <= layer.kept_blocks <= layer.total_blocks or layer.total_blocks < 1:
+                raise FormatError(
+                    f"layers[{i}] ({layer.name}): kept_blocks={layer.kept_blocks} must be from 0 to "
+                    f"total_blocks={layer.total_blocks}, and that above 0."
+                )
         if unplaced := [i for i, row in enumerate(facts.history) if "step" not in row]:
             raise FormatError(f"history[{unplaced[0]}] has no step.")
         for i, picture in enumerate(facts.pictures):
@@ -155,12 +162,11 @@ def read_facts(file: str | os.PathLike[str]) -> CardFacts:
             f"{file} is missing: the card is rendered from it and from nothing else. SparseDistillTrainer writes it "
             f"beside the model; hf_sparse.hub.card.write_card does so for other training loops."
         )
+    data = read_object(file)
     try:
-        return CardFacts.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        return CardFacts.from_dict(data)
     except FormatError as error:
         raise FormatError(f"{file}: {error}") from error
-    except ValueError as error:
-        raise FormatError(f"{file} is not JSON: {error}") from error
 
 
 def latency_facts(rows: Iterable[Mapping[str, Any]], hardware: str, command: str) -> tuple[LatencyFacts, ...]:

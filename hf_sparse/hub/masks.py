@@ -6,18 +6,18 @@ from its bitmaps alone; of a dense one the weights that are not zero are counted
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hf_sparse.core.packing import MASK_SUFFIX, QUANT_METHOD, FormatError, LayerFormat, read_layer_formats, unpack_mask
+from hf_sparse.core.reading import CONFIG_FILE, opened, read_config, weight_files
 
 MAX_CELLS = 64
 
@@ -107,30 +107,28 @@ def read_mask_maps(folder: str | os.PathLike[str], max_cells: int = MAX_CELLS) -
         One per compressed layer, or of a dense folder one per linear inside the numbered layers that has a zero.
 
     Raises:
+        FileNotFoundError: if the folder, its config.json or its weights are missing.
         FormatError: if a file is damaged.
     """
     folder = Path(folder)
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FormatError(f"{folder / 'config.json'} is not JSON: {error}") from error
-    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    quantization = read_config(folder).get("quantization_config")
     compressed = isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
-    formats = read_layer_formats(quantization) if compressed else {}
+    try:
+        formats = read_layer_formats(quantization) if compressed else {}
+    except FormatError as error:
+        raise FormatError(f"{folder / CONFIG_FILE}: {error}") from error
     maps = []
-    for file in sorted(folder.glob("model*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as handle:
-                keys = list(handle.keys())
-            for key in keys:
-                # Opened anew for each: a file stays in memory as far as it has been read through one handle.
-                with safe_open(file, framework="pt") as handle:
+    for file in weight_files(folder):
+        with opened(file) as handle:
+            keys = list(handle.keys())
+        for key in keys:
+            # Opened anew for each: a file stays in memory as far as it has been read through one handle.
+            with opened(file) as handle:
+                try:
                     found = _read_mask(handle, key, formats) if compressed else _read_zeros(handle, key)
-                maps += [MaskMap.of(*found, max_cells)] if found else []
-        except SafetensorError as error:
-            raise FormatError(f"{file} is not a whole safetensors file: {error}") from error
-        except FormatError as error:
-            raise FormatError(f"{file}: {key}: {error}") from error
+                except FormatError as error:
+                    raise FormatError(f"{file}: {key}: {error}") from error
+            maps += [MaskMap.of(*found, max_cells)] if found else []
     order = {name: i for i, name in enumerate(formats)}
     return sorted(maps, key=lambda found: order.get(found.name, 0))
 
@@ -163,16 +161,14 @@ def _natural(name: str) -> list[tuple[int, int | str]]:
     return [(1, int(part)) if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
-def _read_mask(
-    handle: safe_open, key: str, formats: dict[str, LayerFormat]
-) -> tuple[str, tuple[int, int], Tensor] | None:
+def _read_mask(handle: Any, key: str, formats: dict[str, LayerFormat]) -> tuple[str, tuple[int, int], Tensor] | None:
     name = key.removesuffix(f".weight{MASK_SUFFIX}")
     if not key.endswith(MASK_SUFFIX) or name not in formats:
         return None
     return name, formats[name].dense_shape, unpack_mask(handle.get_tensor(key), formats[name].grid)
 
 
-def _read_zeros(handle: safe_open, key: str) -> tuple[str, tuple[int, int], Tensor] | None:
+def _read_zeros(handle: Any, key: str) -> tuple[str, tuple[int, int], Tensor] | None:
     numbered = key.endswith(".weight") and any(part.isdigit() for part in key.split("."))
     if not numbered or len(handle.get_slice(key).get_shape()) != 2:
         return None

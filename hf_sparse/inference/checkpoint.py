@@ -5,6 +5,7 @@ All of it happens on headers and bitmaps, before a weight is allocated. Nothing 
 
 from __future__ import annotations
 
+import os
 import re
 import zlib
 from collections import Counter
@@ -12,10 +13,10 @@ from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from hf_sparse.core.packing import FORMAT_VERSION, MASK_SUFFIX, FormatError, LayerFormat
+from hf_sparse.core.reading import open_file
 from hf_sparse.core.targets import find_stacks, is_conv1d, is_linear, weight_view
 
 VERSION_KEY = "hf_sparse_format_version"
@@ -86,6 +87,7 @@ def read_headers(files: Iterable[str] | None) -> Headers:
     """Read the headers of safetensors files and the bitmaps in them.
 
     Raises:
+        FileNotFoundError: if one is missing.
         FormatError: if there is no file, one is not a whole safetensors file or of a newer version, or two hold the
             same tensor.
     """
@@ -103,10 +105,7 @@ def read_headers(files: Iterable[str] | None) -> Headers:
 
 
 def _read_header(file: str, headers: Headers) -> None:
-    try:
-        handle = headers.files[file] = safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise FormatError(f"{file} is not a whole safetensors file: {error}") from error
+    handle = headers.files[file] = open_file(file)
     metadata = handle.metadata() or {}
     version = metadata.get(VERSION_KEY, str(FORMAT_VERSION))
     if version != str(FORMAT_VERSION):
@@ -120,6 +119,22 @@ def _read_header(file: str, headers: Headers) -> None:
         found = headers.tensors[key] = StoredTensor(file, tuple(view.get_shape()), view.get_dtype())
         if key.endswith(_MASK_KEY) and found.dtype == "U8":
             headers.bitmaps[key] = handle.get_tensor(key)
+
+
+def check_places(folder: str | os.PathLike[str], files: Iterable[str] | None) -> None:
+    """Check that all files lie in the folder of the model: transformers goes wherever an index says.
+
+    Args:
+        folder: the folder, or a repository id, whose files lie in the cache.
+        files: paths as transformers found them; none are opened.
+
+    Raises:
+        FormatError: if one lies elsewhere.
+    """
+    top = os.path.abspath(folder) + os.sep if os.path.isdir(folder) else ""
+    for file in map(str, files or ()):
+        if os.pardir in re.split(r"[/\\]", file) or not os.path.abspath(file).startswith(top):
+            raise FormatError(f"{file} lies outside of the folder of the model, {folder}: it is not opened.")
 
 
 def check_bitmaps(headers: Headers, formats: dict[str, LayerFormat]) -> None:

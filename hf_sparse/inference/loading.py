@@ -13,11 +13,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_sparse.core.files import interrupted_save
 from hf_sparse.core.packing import FORMAT_VERSION, QUANT_METHOD, FormatError, LayerFormat, read_layer_formats
-from hf_sparse.inference.checkpoint import check_bitmaps, header_strings, match_modules, read_headers
+from hf_sparse.inference.checkpoint import check_bitmaps, check_places, header_strings, match_modules, read_headers
 from hf_sparse.inference.compress import compressed_layers, decompress
 from hf_sparse.inference.direct import fill, replace_layers, unhide
 from hf_sparse.inference.encoder import fuse
 from hf_sparse.inference.kernels import requested_backend, require_backend
+
+# A damaged or hostile config may ask for more layers than could be built in a lifetime.
+MAX_LAYERS = 4096
 
 
 class BlockSparseConfig(QuantizationConfigMixin):
@@ -110,6 +113,7 @@ class BlockSparseQuantizer(HfQuantizer):
 
     def _build(self, model: Any, checkpoint_files: list[str] | None, device_map: Any) -> None:
         formats = self.quantization_config.layer_formats()
+        check_places(model.config.name_or_path, checkpoint_files)
         try:
             headers = read_headers(checkpoint_files)
             check_bitmaps(headers, formats)
@@ -139,6 +143,14 @@ class BlockSparseQuantizer(HfQuantizer):
                     f"ignore_mismatched_sizes replaces it from transformers 5.23 on."
                 )
         return decompress(model) if self.quantization_config.dequantize else fuse(model)
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Look at the size that a config asks for, before transformers builds it layer by layer."""
+        return _of_sane_size(config)
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """Do the same for a transformers before 5.24."""
+        return _of_sane_size(config)
 
     def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
         """Change nothing: compressed models are not split over devices, and looking for it takes time."""
@@ -174,6 +186,13 @@ class BlockSparseQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Compressed models go through torch.compile."""
         return True
+
+
+def _of_sane_size(config: Any) -> Any:
+    layers = getattr(config, "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > MAX_LAYERS:
+        raise FormatError(f"config.json asks for {layers} layers; no model has more than {MAX_LAYERS}.")
+    return config
 
 
 def register() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -16,10 +15,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hf_sparse.core.packing import FormatError
+from hf_sparse.core.reading import opened
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 _ALIGNMENT = 8
@@ -100,12 +99,9 @@ def read_layout(file: Path) -> tuple[dict[str, RawTensor], dict[str, str]]:
     Raises:
         FormatError: if it is not a whole safetensors file.
     """
-    try:
-        # The library checks sizes, offsets and the end of the file.
-        with safe_open(file, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise FormatError(f"{file} is not a whole safetensors file: {error}") from error
+    # The library checks sizes, offsets and the end of the file.
+    with opened(file):
+        pass
     with file.open("rb") as source:
         length = int.from_bytes(source.read(8), "little")
         header = json.loads(source.read(length))
@@ -162,34 +158,6 @@ def write_index(folder: Path, files: Mapping[str, Iterable[str]], total: int) ->
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
     (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-
-
-def weight_files(folder: str | os.PathLike[str]) -> list[Path]:
-    """List the weights files that `from_pretrained` reads: the single one, or the shards that the index names.
-
-    Raises:
-        FileNotFoundError: if there is none, or a shard is missing.
-        FormatError: if the index is no index, or names a file outside the folder.
-    """
-    folder = Path(folder)
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no model.safetensors and no {index.name}. Other files are not opened: "
-            f"load the model with transformers and save it once."
-        )
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FormatError(f"{index} is no index of weights: {error!r}.") from error
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise FormatError(f"{index} names {name!r}, which is no safetensors file of this folder.")
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} lacks {name}, which its {index.name} names.")
-    return [folder / name for name in names]
 
 
 def _width(tensor: NewTensor) -> int:

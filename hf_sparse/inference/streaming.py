@@ -22,6 +22,7 @@ from hf_sparse.core.packing import (
     unpack,
     unpack_mask,
 )
+from hf_sparse.core.reading import read_config, weight_files
 from hf_sparse.core.targets import assign_block_shapes, find_targets, is_conv1d
 from hf_sparse.inference.checkpoint import CHECKSUM_KEY, VERSION_KEY, check_bitmaps, header_strings, read_headers
 from hf_sparse.inference.loading import BlockSparseConfig
@@ -29,7 +30,6 @@ from hf_sparse.inference.shards import (
     NewTensor,
     RawTensor,
     read_layout,
-    weight_files,
     write_bytes,
     write_file,
     write_index,
@@ -70,7 +70,7 @@ def work(source: Path, passes: int) -> int:
         passes: 2 to compress, where weights are looked at and then written; 1 to decompress.
 
     Raises:
-        FileNotFoundError, FormatError: as `inference.shards.weight_files`.
+        FileNotFoundError, FormatError: as `core.reading.weight_files`.
     """
     return passes * sum(file.stat().st_size for file in weight_files(source))
 
@@ -179,15 +179,7 @@ class _Layout:
     """The config of a folder and where its tensors lie."""
 
     def __init__(self, folder: Path) -> None:
-        file = folder / "config.json"
-        if not file.is_file():
-            raise FileNotFoundError(f"{folder} holds no config.json: expected the folder of a saved model.")
-        try:
-            self.config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise FormatError(f"{file} is not JSON: {error}") from error
-        if not isinstance(self.config, dict):
-            raise FormatError(f"{file} must hold an object, found a {type(self.config).__name__}.")
+        self.config = read_config(folder)
         self.files = {file: read_layout(file) for file in weight_files(folder)}
         self.tensors: dict[str, RawTensor] = {}
         for file, (tensors, _) in self.files.items():

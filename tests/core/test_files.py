@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -126,3 +127,18 @@ def test_a_kill_between_two_renames_loses_nothing(tmp_path: Path) -> None:
     files = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert files == {"a.txt": "new", "b.txt": "new", "c.txt": "new", "mine.txt": "earlier"}
     assert not finish_interrupted_save(tmp_path)
+
+
+@pytest.mark.parametrize("names", ['["../precious"]', '["sub/a"]', "[3]", '{"a": 1}', '["/precious"]'])
+def test_a_journal_that_somebody_else_wrote_removes_nothing(tmp_path: Path, names: str) -> None:
+    target = tmp_path / "model"
+    left = target / f".saved-{platform.node()}-999999999-x"
+    left.mkdir(parents=True)
+    (left / ".removed.json").write_text(names)
+    (tmp_path / "precious").write_text("kept")
+    (target / "sub").mkdir()
+    (target / "sub" / "a").write_text("kept")
+    with pytest.raises(OSError, match="lists more than files of its folder"):
+        finish_interrupted_save(target)
+    assert (tmp_path / "precious").exists()
+    assert (target / "sub" / "a").exists()

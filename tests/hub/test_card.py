@@ -254,3 +254,10 @@ def test_facts_file_is_plain_json(tmp_path: Path) -> None:
     told = json.loads((tmp_path / FACTS_FILE).read_text())
     assert [picture["file"] for picture in told.pop("pictures")] == ["training.png", "tradeoff.png"]
     assert told == json.loads(FULL.to_json())
+
+
+def test_a_card_that_is_no_text_was_not_rendered(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_bytes(b"\xff\xfe not text")
+    with pytest.raises(FileExistsError, match="edited by hand"):
+        write_card(tmp_path, FULL, keep_edited=True)
+    assert (tmp_path / "README.md").read_bytes() == b"\xff\xfe not text"

@@ -26,8 +26,9 @@ from transformers import (
 
 from hf_sparse import FormatError, compress, report
 from hf_sparse.core.blocks import expand_mask
+from hf_sparse.core.reading import weight_files
 from hf_sparse.core.targets import find_targets, weight_view
-from hf_sparse.inference.shards import NewTensor, read_layout, weight_files, write_bytes, write_file
+from hf_sparse.inference.shards import NewTensor, read_layout, write_bytes, write_file
 from hf_sparse.inference.streaming import NotStreamable, compress_folder, decompress_folder, work
 
 BERT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 40}
@@ -179,7 +180,8 @@ def test_hostile_folders_are_refused(tmp_path: Path) -> None:
     index = tmp_path / "m" / "model.safetensors.index.json"
     whole = index.read_text()
     for text, message in (
-        ("[]", "is no index of weights"),
+        ("[]", "must hold an object, found a list"),
+        ("{}", "is no index of weights"),
         ('{"weight_map": {"a": 3}}', "names 3, which is no safetensors file"),
         ('{"weight_map": {"a": "../x.safetensors"}}', "names '../x.safetensors', which is no safetensors file"),
         ('{"weight_map": {"a": "pytorch_model.bin"}}', "which is no safetensors file"),
