@@ -44,7 +44,13 @@ from transformers.utils import logging  # noqa: E402
 from hf_sparse import SparseDistillConfig, SparseDistillTrainer  # noqa: E402
 from hf_sparse.inference.environment import environment  # noqa: E402
 
-TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 99}
+TINY: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 99,
+}
 SPARSITY, TOTAL_STEPS, WARM_UP = 0.8, 100_000, 3
 USUAL = {
     "cpu": {"steps": 12, "batch": 4, "length": 64},

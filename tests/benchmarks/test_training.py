@@ -1,0 +1,78 @@
+"""The benchmark of training steps: turns are taken in order, runs are checked before they count."""
+
+from __future__ import annotations
+
+import argparse
+import threading
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+from benchmarks.training import TINY, USUAL, VARIANTS, Turns, check, groups, make_trainer, measure, peak_memory
+
+ARGS = argparse.Namespace(device="cpu", smoke=True, **USUAL["smoke"])
+BY_NAME = {variant.name: variant for variant in VARIANTS}
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    student, teacher = (BertForSequenceClassification(BertConfig(**TINY)) for _ in range(2))
+    return student, teacher
+
+
+def test_turns_are_taken_one_at_a_time_in_an_order_that_moves_on() -> None:
+    turns, seen, running = Turns(["a", "b", "c"], 3, torch.device("cpu")), [], []
+
+    def take(name: str) -> None:
+        while turns.wait(name):
+            running.append(name)
+            seen.append(name)
+            assert len(running) == 1
+            running.remove(name)
+            turns.end(name, 1.0)
+
+    threads = [threading.Thread(target=take, args=(name,)) for name in "cab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert seen == list("abcbcacab")
+    assert turns.taken == {name: [1e3] * 3 for name in "abc"}
+
+
+def test_variants_are_timed_beside_their_baseline(models: Any) -> None:
+    names = ["trainer + teacher", "logits, masks, penalty"]
+    rows = measure([BY_NAME[name] for name in names], *models, ARGS)
+    assert [row["name"] for row in rows] == names
+    assert "ratio" not in rows[0]
+    assert rows[1]["baseline"] == names[0] and rows[1]["ratio"] > 0
+    assert all(row["spread"][0] <= row["ms"] <= row["spread"][1] for row in rows)
+
+
+def test_every_variant_has_a_baseline_without_hf_sparse() -> None:
+    for variant in VARIANTS:
+        if variant.settings is not None:
+            assert BY_NAME[str(variant.baseline)].settings is None
+    timed = [variant.name for group in groups(ARGS) for variant in group]
+    assert sorted(timed) == sorted(BY_NAME)
+    by_group = groups(argparse.Namespace(device="cpu", smoke=False))
+    assert {variant.name for group in by_group for variant in group} >= {v.name for v in VARIANTS if v.settings}
+
+
+def test_a_run_that_does_not_do_what_it_says_is_refused(models: Any) -> None:
+    variant = BY_NAME["logits, masks, penalty"]
+    trainer = make_trainer(variant, *models, ARGS)
+    assert check(variant, trainer) == "loss_kd is None with a weight of 0.5"
+    with torch.no_grad():
+        trainer.model.classifier.weight.fill_(float("nan"))
+    assert check(variant, trainer) == "weights are not finite"
+
+
+def test_memory_counts_masks_and_coefficients(models: Any) -> None:
+    found = peak_memory(BY_NAME["logits, masks, penalty"], *models, ARGS)
+    blocks = 2 * (4 * 32 * 32 + 2 * 32 * 64) // 8
+    assert found["blocks"] == blocks and found["coef_bytes"] == 4 * blocks
+    assert found["peak_bytes"] > 0
