@@ -172,7 +172,7 @@ class TakeTurns(TrainerCallback):
     """Makes a training loop wait for its turn after each step."""
 
     def __init__(self, name: str, turns: Turns) -> None:
-        self.name, self.turns, self.start = name, turns, None
+        self.name, self.turns, self.start = name, turns, 0.0
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Before the first step."""
@@ -188,7 +188,7 @@ class TakeTurns(TrainerCallback):
         if not self.turns.wait(self.name):
             raise Ended
         self.turns.synchronize()
-        self.start: Any = time.perf_counter()
+        self.start = time.perf_counter()
 
 
 class StopAfter(TrainerCallback):
