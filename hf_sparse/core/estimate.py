@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from hf_sparse.core.blocks import BlockShape, grid_shape
+from hf_sparse.core.fused import fused_weights
 from hf_sparse.core.report import LayerReport, SparsityReport, stored_bytes
 from hf_sparse.core.targets import assign_block_shapes, find_targets, weight_view
 
@@ -66,4 +67,9 @@ def estimate(
             )
         )  # fmt: skip
     total = stored_bytes(model)
-    return SparsityReport(layers=layers, bytes=total - sum(x.dense_bytes - x.bytes for x in layers), dense_bytes=total)
+    return SparsityReport(
+        layers=layers,
+        bytes=total - sum(x.dense_bytes - x.bytes for x in layers),
+        dense_bytes=total,
+        not_pruned=tuple(fused_weights(model)),
+    )

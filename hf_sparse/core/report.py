@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from hf_sparse.core.blocks import BlockShape
+from hf_sparse.core.fused import FusedWeights, fused_weights, grouped, is_fused
 from hf_sparse.core.packing import (
     MASK_SUFFIX,
     QUANT_METHOD,
@@ -62,11 +63,13 @@ class SparsityReport:
         layers: one `LayerReport` per linear inside the transformer layers (and per compressed layer elsewhere).
         bytes: bytes of all tensors of the model as stored.
         dense_bytes: bytes of all tensors if every layer were dense.
+        not_pruned: weights inside the layers that cannot be pruned, such as fused experts; they count in both sizes.
     """
 
     layers: list[LayerReport]
     bytes: int
     dense_bytes: int
+    not_pruned: tuple[FusedWeights, ...] = ()
 
     @property
     def sparsity(self) -> float:
@@ -76,9 +79,17 @@ class SparsityReport:
         return 1.0 - kept / total if total else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain numbers, lists and strings, ready for JSON."""
+        """Give plain numbers, lists and strings, ready for JSON; "not_pruned" is there where something is."""
         layers = [{**asdict(layer), "sparsity": layer.sparsity} for layer in self.layers]
-        return {"sparsity": self.sparsity, "bytes": self.bytes, "dense_bytes": self.dense_bytes, "layers": layers}
+        found: dict[str, Any] = {
+            "sparsity": self.sparsity,
+            "bytes": self.bytes,
+            "dense_bytes": self.dense_bytes,
+            "layers": layers,
+        }
+        if self.not_pruned:
+            found["not_pruned"] = [{**asdict(kind), "shape": list(kind.shape)} for kind in self.not_pruned]
+        return found
 
     def __str__(self) -> str:
         head = ("layer", "shape", "block", "kept", "of", "sparsity", "bytes")
@@ -104,7 +115,7 @@ class SparsityReport:
             f"{len(self.layers)} layers, sparsity {self.sparsity:.2%}; "
             f"whole model {self.bytes:,} of {self.dense_bytes:,} bytes ({share:.1%})"
         )
-        return "\n".join(lines)
+        return "\n".join([*lines, *map(str, self.not_pruned)])
 
 
 def report(model_or_path: nn.Module | str | os.PathLike[str]) -> SparsityReport:
@@ -141,7 +152,10 @@ def _report_model(model: nn.Module) -> SparsityReport:
             layers.append(_dense_layer(name, module))
     stored = stored_bytes(model)
     return SparsityReport(
-        layers=layers, bytes=stored, dense_bytes=stored + sum(x.dense_bytes - x.bytes for x in layers)
+        layers=layers,
+        bytes=stored,
+        dense_bytes=stored + sum(x.dense_bytes - x.bytes for x in layers),
+        not_pruned=tuple(fused_weights(model)),
     )
 
 
@@ -195,7 +209,7 @@ def _report_folder(folder: Path) -> SparsityReport:
     except FormatError as error:
         raise FormatError(f"{folder / CONFIG_FILE}: {error}") from error
     files = weight_files(folder)
-    layers, stored = [], 0
+    layers, fused, stored = [], [], 0
     bitmaps = _read_bitmaps(files) if formats else {}
     for file in files:
         with opened(file) as handle:
@@ -203,12 +217,17 @@ def _report_folder(folder: Path) -> SparsityReport:
                 layer, size = _stored_tensor(handle, key, formats, bitmaps, file)
                 stored += size
                 layers += [layer] if layer else []
+                shape = tuple(handle.get_slice(key).get_shape())
+                fused += [(key, shape, size)] if layer is None and is_fused(key, shape) else []
     if missing := set(formats) - {layer.name for layer in layers}:
         raise FormatError(f"{folder} lists {sorted(missing)[0]!r} in config.json but stores no weight for it.")
     order = {name: i for i, name in enumerate(formats)}
     layers.sort(key=lambda layer: (order.get(layer.name, len(order)), layer.name))
     return SparsityReport(
-        layers=layers, bytes=stored, dense_bytes=stored + sum(x.dense_bytes - x.bytes for x in layers)
+        layers=layers,
+        bytes=stored,
+        dense_bytes=stored + sum(x.dense_bytes - x.bytes for x in layers),
+        not_pruned=tuple(grouped(fused)),
     )
 
 

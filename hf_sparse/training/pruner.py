@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import cast
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.core.feed_forward import FeedForward, find_feed_forwards, unit_overrides
+from hf_sparse.core.fused import fused_weights
 from hf_sparse.core.targets import assign_block_shapes, find_targets, grad_view, weight_view
 from hf_sparse.training.config import SparseDistillConfig
 from hf_sparse.training.distributed import (
@@ -25,6 +27,8 @@ from hf_sparse.training.masks import BlockMasks
 from hf_sparse.training.penalty import coef_of_norms, gradient_factors, lasso_of_norms, shrink_factors
 from hf_sparse.training.schedules import StepPlan
 from hf_sparse.training.units import tie_scores
+
+logger = logging.getLogger(__name__)
 
 
 class Pruner:
@@ -49,6 +53,8 @@ class Pruner:
                 f"take weights from them that nothing makes up for. Leave them out with exclude_modules, or unfreeze "
                 f"them."
             )
+        for kind in fused_weights(model) if active else ():
+            logger.warning("%s", kind)
         self.parts: list[FeedForward] = []
         overrides = config.shape_overrides
         if active and config.feed_forward == "units":
