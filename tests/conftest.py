@@ -16,6 +16,14 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let Triton's interpreter run the GPU kernels, on the CPU, unless the tests for a real GPU are asked for."""
+    # Before anything imports triton: it looks once.
+    if config.option.markexpr != "gpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
 _connect = socket.socket.connect
 
 

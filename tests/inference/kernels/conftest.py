@@ -29,7 +29,8 @@ def nan_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     new_empty = torch.Tensor.new_empty
 
     def filled(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return new_empty(self, *args, **kwargs).fill_(torch.nan)
+        made = new_empty(self, *args, **kwargs)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
 
     monkeypatch.setattr(torch.Tensor, "new_empty", filled)
 

@@ -1,0 +1,167 @@
+"""The gpu backend: Triton programs for weights in blocks, where torch has a GPU.
+
+Shape letters: M tokens; O, I out and in features; the rest as in `layout`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_sparse.inference.kernels.gpu import limits
+from hf_sparse.inference.kernels.gpu.layout import MAX_INDEX, GpuWeight, Side, to_gpu
+from hf_sparse.inference.kernels.reference import ACTIVATIONS, activate
+from hf_sparse.inference.kernels.registry import BlockIndex, LayerSpec, register
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Blocks of the least height and width whose gradient of x is worth the programs; others take it from a dense weight.
+_GRADIENT_HEIGHT, _GRADIENT_WIDTH = 16, 16
+
+
+def interpreted() -> bool:
+    """Tell whether Triton's interpreter runs the programs, on tensors of the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class GpuBackend:
+    """Triton kernels, with gradients where tiles have them."""
+
+    name = "gpu"
+
+    def available(self) -> tuple[bool, str]:
+        """Tell whether there is a GPU, and Triton to compile for it."""
+        if importlib.util.find_spec("triton") is None:
+            return False, "triton is not installed"
+        if interpreted():
+            return True, "Triton's interpreter (TRITON_INTERPRET=1): right, and slow"
+        if not torch.cuda.is_available():
+            return False, "torch finds no GPU"
+        if torch.version.cuda is not None and torch.cuda.get_device_capability() < (8, 0):
+            return False, f"{torch.cuda.get_device_name()} is older than compute capability 8.0"
+        return True, f"Triton on {torch.cuda.get_device_name()}"
+
+    def supports(self, spec: LayerSpec) -> tuple[bool, str]:
+        """Layers in float32, bfloat16 and float16 on a GPU, that fit 32-bit indices."""
+        if spec.device.type != "cuda" and not (interpreted() and spec.device.type == "cpu"):
+            return False, f"the layer lies on {spec.device}, not on a GPU"
+        if spec.dtype not in DTYPES:
+            return False, f"dtype {spec.dtype} is none of float32, bfloat16 and float16"
+        if max(*spec.layer.dense_shape, spec.layer.kept * max(spec.layer.block_shape)) > MAX_INDEX:
+            return False, f"{spec.layer.kept} blocks of {spec.layer.block_shape} do not fit 32-bit indices"
+        return True, "float32, bfloat16 or float16 on a GPU"
+
+    def wins(self, spec: LayerSpec) -> bool:
+        """Where it is no slower than dense from some number of tokens on: `from_tokens` knows."""
+        return spec.device.type == "cuda" and limits.wins_for_many(spec)
+
+    def from_tokens(self, state: GpuWeight) -> int | None:
+        """Give the number of tokens from which it is no slower than dense."""
+        return limits.wins_from(state)
+
+    def until_tokens(self, spec: LayerSpec) -> int:
+        """Give up to how many tokens it beats dense where `wins` says no; 0 for none."""
+        return limits.wins_until(spec) if spec.device.type == "cuda" else 0
+
+    def prepare(self, values: Tensor, index: BlockIndex) -> GpuWeight:
+        """Make the index; the values stay where they are."""
+        return to_gpu(values, index)
+
+    def run(self, x: Tensor, state: GpuWeight, bias: Tensor | None, activation: str | None) -> Tensor:
+        """Compute [M, O] from x [M, I].
+
+        Raises:
+            ValueError: if x does not fit the weight, or there is no activation of that name.
+            TypeError: if x or the bias has another dtype or device than the weight.
+        """
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) not in (Tensor, torch.nn.Parameter):
+            side = state.forward
+            return torch.ops.hf_sparse.gpu_linear(
+                x, state.values, side.start, side.column, side.order, bias, activation, side.features
+            )
+        return call(x, state.values, state.forward, bias, activation, state.density, state.launches)
+
+    def input_gradient(self, grad: Tensor, state: GpuWeight) -> Tensor | None:
+        """Compute the gradient of x [M, I] from that of y [M, O]; None where a dense product does it better."""
+        height, width = state.index.layer.block_shape
+        if height < _GRADIENT_HEIGHT or width < _GRADIENT_WIDTH or torch.compiler.is_compiling():
+            return None
+        return call(grad, state.values, state.backward, None, None, state.density, state.launches)
+
+
+def call(
+    x: Tensor, values: Tensor, side: Side, bias: Tensor | None, activation: str | None, density: float,
+    launches: dict[Any, Any],
+) -> Tensor:  # fmt: skip
+    """Check what is given, choose the plan, and compute.
+
+    Args:
+        x: [M, I], any strides.
+        values: [N, h, w], contiguous.
+        side: the bands of the weight.
+        bias: [O] or None.
+        activation: by name or None.
+        density: of the weight, for the plan.
+        launches: remembers plans and programs for the next call.
+    """
+    # Imported late: it brings Triton, which need not be installed.
+    from hf_sparse.inference.kernels.gpu import choice, launch
+
+    if x.dtype is not values.dtype or x.device != values.device:
+        raise TypeError(f"x is {x.dtype} on {x.device}, but the layer is {values.dtype} on {values.device}.")
+    if x.ndim != 2 or x.shape[1] != side.features:
+        raise ValueError(f"x must be [tokens, {side.features}], found shape {list(x.shape)}.")
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} is not one of {sorted(ACTIVATIONS)} or None.")
+    out_features = side.bands * side.height
+    if bias is not None:
+        if bias.dtype is not x.dtype or bias.device != x.device or bias.shape != (out_features,):
+            raise ValueError(
+                f"bias must be {x.dtype} of shape [{out_features}] on {x.device}, found {bias.dtype} of shape "
+                f"{list(bias.shape)} on {bias.device}."
+            )
+        bias = bias.contiguous()
+    if x.shape[0] == 0:
+        return x.new_empty(0, out_features)
+    if values.shape[0] == 0:
+        y = x.new_zeros(x.shape[0], out_features)
+        return activate(y if bias is None else y + bias, activation)
+    plan = choice.plan_for(x, values, side, density, launches)
+    x = choice.suited(x, plan)
+    if x.device.type == "cuda" and x.device.index != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            return launch.multiply(x, values, side, bias, activation, plan, launches)
+    return launch.multiply(x, values, side, bias, activation, plan, launches)
+
+
+_OPS = torch.library.Library("hf_sparse", "FRAGMENT")
+_OPS.define(
+    "gpu_linear(Tensor x, Tensor values, Tensor start, Tensor column, Tensor order, Tensor? bias, str? activation, "
+    "int in_features) -> Tensor"
+)
+
+
+def _gpu_linear(
+    x: Tensor, values: Tensor, start: Tensor, column: Tensor, order: Tensor, bias: Tensor | None,
+    activation: str | None, in_features: int,
+) -> Tensor:  # fmt: skip
+    height, width = values.shape[1:]
+    side = Side(start, None, column, order, height, width, width, 1, in_features)
+    return call(x, values, side, bias, activation, values.numel() / (order.shape[0] * height * in_features), {})
+
+
+def _gpu_linear_fake(
+    x: Tensor, values: Tensor, start: Tensor, column: Tensor, order: Tensor, bias: Tensor | None,
+    activation: str | None, in_features: int,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(x.shape[0], order.shape[0] * values.shape[1])
+
+
+_OPS.impl("gpu_linear", _gpu_linear, "CUDA")
+_OPS.impl("gpu_linear", _gpu_linear, "CPU")
+torch.library.register_fake("hf_sparse::gpu_linear", _gpu_linear_fake, lib=_OPS)
+
+register(GpuBackend())
