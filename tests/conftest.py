@@ -16,13 +16,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Let Triton's interpreter run the GPU kernels, on the CPU, unless the tests for a real GPU are asked for."""
-    # Before anything imports triton: it looks once.
-    if config.option.markexpr != "gpu":
-        os.environ["TRITON_INTERPRET"] = "1"
-
+# Triton's interpreter runs the GPU kernels, on the CPU, unless the tests for a real GPU are asked for (-m gpu). Triton
+# looks once, when it is imported; workers of pytest-xdist inherit what their parent decided.
+if "PYTEST_XDIST_WORKER" not in os.environ and ["-m", "gpu"] not in [
+    sys.argv[i : i + 2] for i in range(len(sys.argv))
+]:
+    os.environ["TRITON_INTERPRET"] = "1"
 
 _connect = socket.socket.connect
 
