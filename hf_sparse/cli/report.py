@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hf_sparse.cli.support import Debug, Json, Model, Revision, Token, guarded, print_json, resolve_model
+from hf_sparse.cli.support import Debug, Json, Model, Revision, Token, guarded, local_folder, print_json
 
 
 @guarded
@@ -24,16 +27,36 @@ def report(
     """Tell how sparse a model is and what it weighs, layer by layer."""
     if html is not None:
         _check_page(html)
-    path = resolve_model(model, revision, token)
-    from hf_sparse.core.report import report as report_folder
+    with _folder_of(model, revision, token) as path:
+        from hf_sparse.core.report import report as report_folder
 
-    found = report_folder(path)
-    if html is not None:
-        _write_page(path, html, name=None if path == Path(model) else model)
+        found = report_folder(path)
+        if html is not None:
+            _write_page(path, html, name=None if path == Path(model) else model)
     if as_json:
         print_json(found.to_dict())
     else:
         typer.echo(str(found))
+
+
+@contextmanager
+def _folder_of(model: str, revision: str | None, token: str | None) -> Iterator[Path]:
+    """Find the folder of a model, or of what a report looks at in a repository: of a compressed one no weights."""
+    path = local_folder(model, revision)
+    if path is not None:
+        yield path
+        return
+    from hf_sparse.hub.fetch import fetch_model
+    from hf_sparse.hub.headers import fetch_headers
+
+    with tempfile.TemporaryDirectory(prefix="hf_sparse-") as top:
+        folder = Path(top) / model.replace("/", "--")
+        folder.mkdir()
+        if (found := fetch_headers(model, folder, revision, token)) is not None:
+            yield found
+        else:
+            typer.echo(f"{model} is dense: its weights are fetched, where its zeros are counted.", err=True)
+            yield fetch_model(model, revision, token)
 
 
 def _check_page(html: Path) -> None:

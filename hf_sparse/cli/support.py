@@ -103,12 +103,26 @@ def resolve_model(model: str, revision: str | None = None, token: str | None = N
     Args:
         model: folder, or namespace/name.
         revision, token: for a repository.
-        weights: False fetches the config alone.
+        weights: False leaves the weights of a repository where they are.
 
     Raises:
         FileNotFoundError: if it is neither a folder nor a name that a repository could have.
         ValueError: for a revision of a folder.
         FetchError: if the Hub does not give it.
+    """
+    path = local_folder(model, revision)
+    if path is not None:
+        return path
+    from hf_sparse.hub.fetch import fetch_model
+
+    return fetch_model(model, revision, token, weights)
+
+
+def local_folder(model: str, revision: str | None = None) -> Path | None:
+    """Find the folder of that name; None where it is a name that a repository on the Hub could have.
+
+    Raises:
+        FileNotFoundError, ValueError: as `resolve_model`.
     """
     path = Path(model)
     if path.exists():
@@ -119,12 +133,11 @@ def resolve_model(model: str, revision: str | None = None, token: str | None = N
     # A name of the Hub has one slash; everything else is a path, and costs no import.
     if model.count("/") != 1 or model.startswith((".", "/", "~")) or "\\" in model:
         check_model_folder(path)
-    from hf_sparse.hub.fetch import fetch_model
     from hf_sparse.hub.filters import is_hub_id
 
     if not is_hub_id(model):
         check_model_folder(path)
-    return fetch_model(model, revision, token, weights)
+    return None
 
 
 def check_destination(source: Path, destination: Path, force: bool) -> None:

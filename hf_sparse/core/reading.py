@@ -19,7 +19,7 @@ from hf_sparse.core.packing import FormatError, shortened
 
 CONFIG_FILE = "config.json"
 _HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
 def read_object(file: str | os.PathLike[str]) -> dict[str, Any]:
@@ -85,24 +85,33 @@ def weight_files(folder: str | os.PathLike[str]) -> list[Path]:
         FormatError: if the index is no index, or names a file outside the folder.
     """
     folder = Path(folder)
-    single, index = folder / _SINGLE, folder / _INDEX
+    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
     if single.is_file():
         return [single]
     if not index.is_file():
         raise FileNotFoundError(
-            f"{folder} holds no {_SINGLE} and no {_INDEX}. Other files are not opened: "
+            f"{folder} holds no {SINGLE_FILE} and no {INDEX_FILE}. Other files are not opened: "
             f"load the model with transformers and save it once."
         )
+    names = shard_names(index)
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise FileNotFoundError(f"{folder} lacks {missing[0]}, which its {INDEX_FILE} names.")
+    return [folder / name for name in names]
+
+
+def shard_names(index: Path) -> list[str]:
+    """List the files that an index names, sorted.
+
+    Raises:
+        FormatError: if it is no index, or names anything but a file beside it.
+    """
     places = read_object(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise FormatError(f"{index} is no index of weights: weight_map must tell in which file each tensor lies.")
     for name in places.values():
         if not isinstance(name, str) or not _is_plain_name(name):
             raise FormatError(f"{index} names {name!r}, which is no safetensors file of this folder.")
-    names = sorted(set(places.values()))
-    if missing := [name for name in names if not (folder / name).is_file()]:
-        raise FileNotFoundError(f"{folder} lacks {missing[0]}, which its {_INDEX} names.")
-    return [folder / name for name in names]
+    return sorted(set(places.values()))
 
 
 def _is_plain_name(name: str) -> bool:

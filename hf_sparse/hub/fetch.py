@@ -30,7 +30,7 @@ def fetch_model(repo_id: str, revision: str | None = None, token: str | None = N
         repo_id: "namespace/name".
         revision: branch, tag or commit; None is the main branch.
         token: access token; None takes HF_TOKEN or the one that `hf auth login` stored, where there is one.
-        weights: False brings the config alone.
+        weights: False leaves the weights out.
 
     Returns:
         The folder in the cache that holds the files.
@@ -39,7 +39,7 @@ def fetch_model(repo_id: str, revision: str | None = None, token: str | None = N
         FetchError: if the Hub cannot be reached, or has no such repository or revision for this token.
     """
     api = HfApi(token=token)
-    wanted = list(LOOKED_AT) if weights else ["config.json"]
+    wanted = [name for name in LOOKED_AT if weights or not name.endswith(".safetensors")]
     try:
         return Path(api.snapshot_download(repo_id, revision=revision, allow_patterns=wanted))
     except GatedRepoError as error:

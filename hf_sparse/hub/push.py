@@ -134,17 +134,17 @@ def _push(
         request = api.create_pull_request(repo_id, title=title)
         revision, address = request.git_reference, request.url
     else:
-        repo_id = _persistently(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True)).repo_id
+        repo_id = persistently(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True)).repo_id
         # The Hub ignores `private` for a repository that exists already.
-        if private and not _persistently(lambda: api.repo_info(repo_id)).private:
+        if private and not persistently(lambda: api.repo_info(repo_id)).private:
             raise ValueError(
                 f"{repo_id} exists and is public: make it private in its settings, or push to another name."
             )
         address = f"{api.endpoint}/{repo_id}"
         if revision is not None:
             branch, address = revision, f"{address}/tree/{revision}"
-            _persistently(lambda: api.create_branch(repo_id, branch=branch, exist_ok=True))
-    _persistently(
+            persistently(lambda: api.create_branch(repo_id, branch=branch, exist_ok=True))
+    persistently(
         lambda: api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
@@ -157,7 +157,7 @@ def _push(
     return address
 
 
-def _persistently(step: Callable[[], _T]) -> _T:
+def persistently(step: Callable[[], _T]) -> _T:
     """Do a step that may be done twice, again after a wait where it may succeed then."""
     for wait in WAITS:
         try:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -33,8 +34,15 @@ def test_the_shell_completes(cli: Cli, monkeypatch: pytest.MonkeyPatch, typed: s
     assert set(done.out.split()) == set(offered)
 
 
-def test_completion_can_be_installed(cli: Cli) -> None:
-    assert "--install-completion" in cli("--help").out
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_script_that_a_shell_needs_is_shown(cli: Cli, monkeypatch: pytest.MonkeyPatch, shell: str) -> None:
+    assert {"--install-completion", "--show-completion"} <= set(cli("--help").out.split())
+    monkeypatch.setenv("_HF_SPARSE_COMPLETE", f"source_{shell}")
+    done = cli()
+    assert done.code == 0
+    assert f"_HF_SPARSE_COMPLETE=complete_{shell}" in done.out
+    if shell == "bash" and shutil.which("bash"):
+        assert subprocess.run(["bash", "-n"], input=done.out, text=True).returncode == 0
 
 
 @pytest.mark.skipif(

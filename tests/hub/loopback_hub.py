@@ -14,6 +14,7 @@ import re
 import socket
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -68,6 +69,10 @@ class LoopbackHub:
         self.repos: dict[str, Repo] = {}
         self.blobs: dict[str, bytes] = {}
         self.requests: list[str] = []
+        # Bytes of files that were read, by path.
+        self.served: Counter[str] = Counter()
+        # False: answer with whole files whatever part is asked for.
+        self.ranges = True
         self.unhandled: list[str] = []
         self.faults: list[Fault] = []
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -268,11 +273,13 @@ class _Handler(BaseHTTPRequestHandler):
             return self.send(b"Entry not found", status=404, headers=headers)
         data = commit.files[path]
         headers["ETag"] = f'"{git_oid(data)}"'
-        if asked := self.headers.get("Range"):
+        if (asked := self.headers.get("Range")) and self.hub.ranges:
             first, _, last = asked.removeprefix("bytes=").partition("-")
             part = data[int(first) : int(last) + 1 if last else len(data)]
             headers["Content-Range"] = f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}"
+            self.hub.served[path] += len(part) if self.command == "GET" else 0
             return self.send(part, status=206, headers=headers, kind="application/octet-stream")
+        self.hub.served[path] += len(data) if self.command == "GET" else 0
         return self.send(data, headers=headers, kind="application/octet-stream")
 
     # --- below the routes
