@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from accelerate.utils import parse_flag_from_env
@@ -86,3 +88,17 @@ def predicts_next(model: nn.Module) -> bool:
         return True
     encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     return LOSS_MAPPING.get(str(getattr(model, "loss_type", None))) is ForCausalLMLoss and not encoder_decoder
+
+
+@contextlib.contextmanager
+def explaining_loss(model: nn.Module) -> Iterator[None]:
+    """Turn what `Trainer` says of a model without a loss of its own into what such a model needs."""
+    try:
+        yield
+    except ValueError as error:
+        if "did not return a loss" not in str(error):
+            raise
+        raise ValueError(
+            f"{type(model).__name__} returns no loss for these inputs, which task_weight needs: set task_weight=0 to "
+            f"learn from the teacher alone, pass compute_loss_func, or use a model with a head, and labels. ({error})"
+        ) from error

@@ -26,7 +26,12 @@ from hf_sparse.training.schedules import StepPlan, plan_step
 from hf_sparse.training.share import StepTotals, count_units
 from hf_sparse.training.speech import seen_by_losses, task_unit
 from hf_sparse.training.stages import freeze_outside_layers, reset_optimizer, restarting_scheduler, with_graph
-from hf_sparse.training.support import predicts_next, refuse_unsupported_engine, refuse_unsupported_model
+from hf_sparse.training.support import (
+    explaining_loss,
+    predicts_next,
+    refuse_unsupported_engine,
+    refuse_unsupported_model,
+)
 from hf_sparse.training.teacher import check_tokenizer
 from hf_sparse.training.teaching import TeachingTrainer
 
@@ -178,7 +183,8 @@ class SparseDistillTrainer(TeachingTrainer):
     def _task_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
         # A mean over the micro-batch, also from a function that divides by the count which Trainer gives it.
         items = None if self.compute_loss_func is None else count_units(inputs, self._shifted)[0]
-        loss, outputs = super().compute_loss(model, inputs, True, items)
+        with explaining_loss(self.student):
+            loss, outputs = super().compute_loss(model, inputs, True, items)
         if items is not None and self.args.average_tokens_across_devices:
             loss = loss / self.accelerator.num_processes
         return loss, outputs
