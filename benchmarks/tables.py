@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/kernels.md from the JSON files under benchmarks/results/.
+"""Write the tables of README.md and docs/ from the JSON files under benchmarks/results/.
 
 So no number is typed by hand. A table NAME stands between `<!-- table:NAME -->` and `<!-- /table:NAME -->`.
 
@@ -18,9 +18,9 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from benchmarks import speed_tables  # noqa: E402
+from benchmarks import speed_tables, task_tables  # noqa: E402
 
-DOCUMENTS = (REPOSITORY / "README.md", REPOSITORY / "docs" / "kernels.md")
+DOCUMENTS = (REPOSITORY / "README.md", *(REPOSITORY / "docs" / name for name in ("kernels.md", "exits.md")))
 RESULTS = REPOSITORY / "benchmarks" / "results"
 
 _MARKED = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n)(.*?)(<!-- /table:(?P=name) -->)", re.DOTALL)
@@ -50,6 +50,7 @@ LAYOUTS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "cpu_encoder_bfloat16": ("cpu_encoder", partial(speed_tables.encoder_table, dtype="bfloat16")),
     "cpu_linear": ("cpu_linear", speed_tables.linear_table),
     "cpu_deepsparse": ("cpu_deepsparse", speed_tables.deepsparse_table),
+    "cropping": ("cropping", task_tables.cropping_table),
 }
 
 

@@ -28,7 +28,7 @@ import tiny_tasks
 from common import ModelArguments, dense_model, finish, load_splits, option, parse, prune, start
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq, Seq2SeqTrainer
 
-from hf_sparse.training.seq2seq import SparseDistillSeq2SeqConfig, SparseDistillSeq2SeqTrainer
+from hf_sparse import SparseDistillSeq2SeqConfig, SparseDistillSeq2SeqTrainer
 
 
 @dataclass
