@@ -11,11 +11,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from hf_sparse.core.targets import find_stacks
 from hf_sparse.training.distributed import plain_class
+
+# What a model computes once from its config and hands to every layer: rotary positions, windows of attention.
+_HANDED_TO_LAYERS = ("rope_parameters", "head_dim", "layer_types", "sliding_window")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +39,7 @@ def graft_sites(student: nn.Module, teacher: nn.Module) -> list[GraftSite]:
 
     Raises:
         ValueError: if the student has no stack of layers, or the teacher's stacks differ in name, number of layers,
-            class or hidden size, or the two use different attention implementations.
+            class or hidden size, or the two use different attention implementations, positions or windows.
     """
     mine, theirs = find_stacks(student), find_stacks(teacher)
     attention = [getattr(getattr(m, "config", None), "_attn_implementation", None) for m in (student, teacher)]
@@ -52,6 +56,13 @@ def graft_sites(student: nn.Module, teacher: nn.Module) -> list[GraftSite]:
             f"grafting needs the same stacks of layers: the student has {list(mine)}, the teacher {list(theirs)}. "
             f"Use a teacher of the student's architecture, or set graft_start=1."
         )
+    for key in _HANDED_TO_LAYERS:
+        values = [getattr(_text_config(m), key, None) for m in (student, teacher)]
+        if values[0] != values[1]:
+            raise ValueError(
+                f"grafting needs layers that can be handed the same positions and masks: {key} is {values[0]!r} in "
+                f"the student and {values[1]!r} in the teacher. Set graft_start=1 for such a teacher."
+            )
     sites = []
     for name, stack in mine.items():
         if len(stack) != len(theirs[name]):
@@ -123,6 +134,11 @@ def graft(student: nn.Module, teacher: nn.Module, runs_student: Sequence[bool]) 
     """
     with graft_at(graft_sites(student, teacher), runs_student):
         yield
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _norm_sizes(layer: nn.Module) -> list[int]:

@@ -93,3 +93,23 @@ def test_another_family_as_teacher_cannot_be_grafted() -> None:
     other: Any = tf.GPT2LMHeadModel(config)
     with pytest.raises(ValueError, match=r"the student has \['model.layers'\], the teacher \['transformer.h'\]"):
         graft_sites(llama(), other)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, "rope_parameters is .*10000.* and .*500.0"),
+    ({"head_dim": 16}, "head_dim is 8 in the student and 16 in the teacher"),
+])  # fmt: skip
+def test_a_teacher_with_other_positions_cannot_be_grafted(change: dict[str, Any], message: str) -> None:
+    # Its layers would run with the positions that the student's own were trained for, and nobody would notice.
+    with pytest.raises(ValueError, match=f"grafting needs layers that can be handed the same .*: {message}"):
+        graft_sites(llama(), llama(5, **change))
+
+
+def test_a_teacher_with_windows_elsewhere_cannot_be_grafted() -> None:
+    sizes = {"vocab_size": VOCAB, **SMALL, "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 4}
+    kinds = ["sliding_attention", "full_attention"]
+    models: list[Any] = [
+        tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**sizes, layer_types=order)) for order in (kinds, kinds[::-1])
+    ]
+    with pytest.raises(ValueError, match=r"layer_types is \['sliding_attention', 'full_attention'\] in the student"):
+        graft_sites(*models)

@@ -18,6 +18,7 @@ from hf_sparse.training.distill import hidden_loss
 from hf_sparse.training.layerwise import compared_layers, depths, resolve_layer_map
 from hf_sparse.training.projections import FILE, HiddenProjections, needed_projections
 from tests.training.families import family_model
+from tests.training.projection_ranks import average
 from tests.training.tiny import assert_same, bert, llama, make_trainer, pad, rows, t5, weights_of
 
 WIDE = {"hidden_size": 24, "num_hidden_layers": 4}
@@ -151,21 +152,9 @@ def test_shared_layers_count_each_time_they_run() -> None:
     assert depths(t5(num_layers=2, num_decoder_layers=3)) == [2, 3]
 
 
-def _rank(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
-    maps = HiddenProjections({"": (2, 2), "text": (2, 2)}, seed=0)
-    if rank == 0:
-        maps.get("").weight.grad = torch.full((2, 2), 4.0)
-    maps.average_gradients_()
-    assert all(
-        torch.equal(p.grad, torch.full((2, 2), value)) for p, value in zip(maps.parameters(), (2.0, 0.0), strict=True)
-    )
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.dist
 def test_ranks_average_the_gradients_of_projections(tmp_path: Path) -> None:
-    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+    mp.spawn(average, (str(tmp_path),), nprocs=2)
 
 
 def tokenizer_of(words: str) -> PreTrainedTokenizerFast:
