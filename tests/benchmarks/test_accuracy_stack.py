@@ -16,7 +16,7 @@ from benchmarks.accuracy_stack import OutOfTimeError, Stack, batch_order, on, tr
 from hf_sparse import SparseDistillConfig, SparseDistillTrainer
 
 CPU = torch.device("cpu")
-ROWS, BATCH, EPOCHS = 44, 4, 2
+ROWS, BATCH, EPOCHS = 56, 4, 1
 
 # Cells of one stack: what differs between them is what a grid varies.
 CELLS: dict[str, dict[str, Any]] = {
@@ -154,7 +154,7 @@ def test_batches_hold_every_row_once_per_epoch_and_one_length_for_all_seeds() ->
 
 
 def test_a_stack_is_measured_as_it_goes_and_stops_at_the_deadline(tmp_path: Path) -> None:
-    rows, told = make_rows(64), list[str]()
+    rows, told = make_rows(128), list[str]()
     stack = make_stack(tmp_path, rows, ["agp", "activation"])
     found = train(stack, 2, on(rows, CPU), on(rows, CPU), time.monotonic() + 600, 5, told.append)
     assert [at["step"] for at in found[1]["dev"]] == [16, 32] and len(told) == 2
