@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import time
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Any
 from benchmarks.accuracy_cell import ROOT, Sources, load_rows, scores, write_json
 
 REPAIRED_SETS = 4
+GRACE = 2.0  # seconds after the deadline in which running stacks may write down what they have
 
 
 def make_stacks(cells: Iterable[Mapping[str, Any]], grid: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
@@ -148,10 +150,21 @@ def run_stack(
 
 
 def work(
+    *arguments: Any,
+) -> None:
+    """Take stacks and run them until none is left or time is up; the body of a process."""
+    try:
+        _take_stacks(*arguments)
+    finally:
+        # What is to be kept is on disk, and taking a GPU's libraries down can take longer than is left.
+        sys.stdout.flush()
+        os._exit(0)
+
+
+def _take_stacks(
     stacks: Sequence[Sequence[Mapping[str, Any]]], taken: Any, lock: Any, grid: Mapping[str, Any], sources: Sources,
     deadline: float, command: str,
 ) -> None:  # fmt: skip
-    """Take stacks and run them until none is left or time is up; the body of a process."""
     import torch
 
     from benchmarks.accuracy_stack import OutOfTimeError
@@ -221,11 +234,12 @@ def run_jobs(
     taken, lock = context.Array("i", len(stacks)), context.Lock()
     deadline = begin + seconds
     arguments = (stacks, taken, lock, grid, sources, deadline, command)
-    workers = [context.Process(target=work, args=arguments) for _ in range(min(jobs, len(stacks)))]
+    workers = [context.Process(target=work, args=arguments, daemon=True) for _ in range(min(jobs, len(stacks)))]
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(max(0.0, deadline + 5.0 - time.monotonic()))
+        worker.join(max(0.0, deadline + GRACE - time.monotonic()))
+    for worker in workers:
         if worker.is_alive():
             worker.kill()
 

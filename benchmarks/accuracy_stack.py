@@ -250,11 +250,14 @@ class Stack:
         plans = self.plans()
         if self.prunes:
             self.pruner.begin_step(plans, lambda some: self._measure(x, mask, some), self.adam.squares)
+            if any(plan.update_masks for plan in plans):
+                self.stack.refresh()
         taught = self._ask_teacher(embedded, real)
         logits, states = self.stack.forward(x, mask, None, self.teacher, self._grafted(plans))
         terms = self._losses(logits.float(), states, mask, answers, taught)
         loss = sum(self.weights[kind] * term for kind, term in terms.items())
         loss.sum().backward()  # type: ignore[union-attr]
+        self.stack.collect_gradients()
         if self.prunes:
             self.pruner.add_gradients(plans)
             self.pruner.apply_to_grads_()
@@ -263,6 +266,7 @@ class Stack:
         self.adam.step(rates, self._own(plans))
         if self.prunes:
             self.pruner.finish_step(plans, rates)
+        self.stack.refresh()
         self.step += 1
         return {"loss": loss.detach(), "grad_norm": norm,  # type: ignore[union-attr]
                 **{f"loss_{kind}": term.detach() for kind, term in terms.items()}}  # fmt: skip
@@ -296,7 +300,8 @@ class Stack:
             share = mask / (mask.sum(-1, keepdim=True) * mask.shape[1])
             total = torch.zeros_like(terms["task"])
             for mine, theirs in zip(states[1:], taught[1][1:], strict=True):
-                error = (mine - theirs[self.stream_of]).square().mean(-1)
+                apart = mine - theirs[self.stream_of]
+                error = torch.linalg.vector_norm(apart, dim=-1, dtype=torch.float32).square() / apart.shape[-1]
                 total = total + (error * share).sum((1, 2))
             terms["hidden"] = total
         return terms
@@ -336,8 +341,8 @@ class _Adam:
     def __init__(self, stack: StackedBert, configs: Sequence[SparseDistillConfig], grafts: Sequence[int]) -> None:
         self.stack, first = stack, configs[0]
         self.betas, self.epsilon = (first.adam_beta1, first.adam_beta2), first.adam_epsilon
-        self.means = {name: torch.zeros_like(weight) for name, weight in stack.weights.items()}
-        self.squares = {name: torch.zeros_like(weight) for name, weight in stack.weights.items()}
+        self.mean, self.square = torch.zeros_like(stack.flat), torch.zeros_like(stack.flat)
+        self.squares = stack.views(self.square)
         self.groups: list[tuple[int, int]] = []
         for n in range(stack.size):
             rate = configs[n].learning_rate
@@ -346,42 +351,42 @@ class _Adam:
                 self.groups[-1] = begin, end + 1
             else:
                 self.groups.append((n, n + 1))
-        device = next(iter(stack.weights.values())).device
+        # Where each layer begins and ends in the flat tensors, and, under -1, what follows the layers.
+        width = stack.flat.shape[1]
+        starts = [stack.bounds[f"bert.encoder.layer.{i}.attention.self.query.weight"][0] for i in range(stack.depth)]
+        ends = [*starts[1:], stack.bounds["bert.pooler.dense.weight"][0]]
+        self.parts = [slice(0, width)] if not grafts else [slice(a, b) for a, b in zip(starts, ends, strict=True)]
+        self.parts += [slice(ends[-1], width)] if grafts else []
         self.counts = {
-            (begin, name): torch.zeros((), device=device) for begin, _ in self.groups for name in stack.weights
-        }
+            (begin, i): torch.zeros((), device=stack.flat.device)
+            for begin, _ in self.groups for i in range(len(self.parts))
+        }  # fmt: skip
 
     @torch.no_grad()
     def clip(self, limits: Tensor) -> Tensor:
         """Scale the gradients of every cell down to a norm of at most its limit; gives the norms [N]."""
-        grads = [weight.grad for weight in self.stack.weights.values()]
-        each = torch.stack([torch.linalg.vector_norm(grad.flatten(1), dim=1) for grad in grads])  # type: ignore[union-attr]
-        norm = torch.linalg.vector_norm(each, dim=0)
-        factor = (limits / (norm + 1e-6)).clamp(max=1.0)
-        for grad in grads:
-            grad.mul_(factor.view(-1, *[1] * (grad.ndim - 1)))  # type: ignore[union-attr]
+        norm = torch.linalg.vector_norm(self.stack.grad, dim=1)
+        self.stack.grad.mul_((limits / (norm + 1e-6)).clamp(max=1.0)[:, None])
         return norm
 
     @torch.no_grad()
     def step(self, rates: Sequence[float], own: Mapping[int, Sequence[bool]]) -> None:
-        """Move the weights, and drop the gradients."""
+        """Move the weights."""
+        flats = (self.stack.flat, self.stack.grad, self.mean, self.square)
         for begin, end in self.groups:
-            names = [
-                name for name in self.stack.weights
-                if begin not in own or ".layer." not in name or own[begin][int(name.split(".layer.")[1].split(".")[0])]
-            ]  # fmt: skip
-            counts = [self.counts[begin, name] for name in names]
+            runs = own.get(begin, ())
+            parts = [i for i in range(len(self.parts)) if i >= len(runs) or runs[i]]
+            counts = [self.counts[begin, i] for i in parts]
             torch._foreach_add_(counts, 1)
-            part = slice(begin, end)
+            lists = [[flat[begin:end, self.parts[i]] for i in parts] for flat in flats]
+            if len(self.parts) > 1 and end - begin > 1:
+                # The fused kernel wants dense tensors: one row after the other.
+                lists = [[flat[n, self.parts[i]] for n in range(begin, end) for i in parts] for flat in flats]
+                counts = [count for _ in range(begin, end) for count in counts]
             torch._fused_adamw_(
-                [self.stack.weights[name].data[part] for name in names],
-                [self.stack.weights[name].grad[part] for name in names],  # type: ignore[index]
-                [self.means[name][part] for name in names], [self.squares[name][part] for name in names], [], counts,
-                amsgrad=False, lr=rates[begin], beta1=self.betas[0], beta2=self.betas[1], weight_decay=0.0,
-                eps=self.epsilon, maximize=False, grad_scale=None, found_inf=None,
+                lists[0], lists[1], lists[2], lists[3], [], counts, amsgrad=False, lr=rates[begin], beta1=self.betas[0], beta2=self.betas[1],
+                weight_decay=0.0, eps=self.epsilon, maximize=False, grad_scale=None, found_inf=None,
             )  # fmt: skip
-        for weight in self.stack.weights.values():
-            weight.grad = None
 
 
 def train(

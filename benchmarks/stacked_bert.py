@@ -17,6 +17,8 @@ LINEARS = (
     "attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
     "intermediate.dense", "output.dense",
 )  # fmt: skip
+# In elements: what tensor cores want rows of memory to begin at.
+_ALIGNED = 64
 Watch = Callable[[str, Tensor], None]
 
 
@@ -56,37 +58,69 @@ class StackedBert:
         self.config = first.config
         self.compute, self.size = compute, len(models)
         self.embeddings = first.bert.embeddings.to(device).eval().requires_grad_(False)
-        states = [dict(model.named_parameters()) for model in models]
-        self.weights: dict[str, Tensor] = {
-            name: torch.stack([state[name].detach().to(device, torch.float32) for state in states])
-            for name in states[0]
-            if ".embeddings." not in name
-        }
-        if trained:
-            for weight in self.weights.values():
-                weight.requires_grad_()
         self.depth: int = self.config.num_hidden_layers
         self.eps: float = self.config.layer_norm_eps
         self.targets = [f"bert.encoder.layer.{i}.{kind}" for i in range(self.depth) for kind in LINEARS]
+        shapes = {name: p.shape for name, p in first.named_parameters() if ".embeddings." not in name}
+        # One flat tensor per kind, so that what is done to all weights is one kernel: [N, P].
+        self.bounds: dict[str, tuple[int, int]] = {}
+        end = 0
+        for name, shape in shapes.items():
+            self.bounds[name] = end, end + shape.numel()
+            end += -(-shape.numel() // _ALIGNED) * _ALIGNED
+        self.shapes = shapes
+        self.flat = torch.zeros(self.size, end, device=device)
+        self.weights = self.views(self.flat)
+        copied: dict[int, dict[str, Tensor]] = {}
+        for n, model in enumerate(models):
+            if id(model) not in copied:
+                copied[id(model)] = {
+                    name: p.detach().to(device) for name, p in model.named_parameters() if name in shapes
+                }
+            for name, values in copied[id(model)].items():
+                self.weights[name][n].copy_(values)
+        self.low = self.flat if compute == torch.float32 else self.flat.to(compute)
+        self.leaves = {name: view.detach().requires_grad_(trained) for name, view in self.views(self.low).items()}
+        self.grad = torch.zeros_like(self.flat) if trained else torch.empty(0)
+        self.grads = self.views(self.grad) if trained else {}
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """See a flat tensor [N, P] as weights: {name: [N, ...]}."""
+        return {name: flat[:, begin:end].unflatten(1, self.shapes[name]) for name, (begin, end) in self.bounds.items()}
+
+    @torch.no_grad()
+    def collect_gradients(self) -> None:
+        """Move the gradients of the last backward into `grad`, in float32."""
+        given = [name for name, leaf in self.leaves.items() if leaf.grad is not None]
+        if len(given) < len(self.leaves):
+            self.grad.zero_()
+        torch._foreach_copy_([self.grads[name] for name in given], [self.leaves[name].grad for name in given])
+        for leaf in self.leaves.values():
+            leaf.grad = None
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Round the weights to the compute dtype, after they have changed."""
+        if self.low is not self.flat:
+            self.low.copy_(self.flat)
 
     @torch.no_grad()
     def embed(self, ids: Tensor, types: Tensor) -> Tensor:
-        """Embed tokens: ids, types [..., T] -> [..., T, D] float32."""
+        """Embed tokens: ids, types [..., T] -> [..., T, D]."""
         flat = self.embeddings(input_ids=ids.flatten(0, -2), token_type_ids=types.flatten(0, -2))
-        return flat.view(*ids.shape, -1)
+        return flat.view(*ids.shape, -1).to(self.compute)
 
     def linear(self, name: str, x: Tensor) -> Tensor:
-        """Apply a linear of every model: [N, M, I] -> [N, M, O] in the compute dtype."""
-        weight, bias = (self.weights[f"{name}.{kind}"].to(self.compute) for kind in ("weight", "bias"))
-        return _Linear.apply(x.to(self.compute), weight, bias)
+        """Apply a linear of every model: [N, M, I] -> [N, M, O]."""
+        return _Linear.apply(x, self.leaves[f"{name}.weight"], self.leaves[f"{name}.bias"])
 
     def norm(self, name: str, x: Tensor) -> Tensor:
-        """Apply a LayerNorm of every model, in float32: [N, M, D] -> [N, M, D]."""
-        plain = F.layer_norm(x.float(), x.shape[-1:], eps=self.eps)
-        return torch.addcmul(self.weights[f"{name}.bias"][:, None], plain, self.weights[f"{name}.weight"][:, None])
+        """Apply a LayerNorm of every model: [N, M, D] -> [N, M, D]."""
+        plain = F.layer_norm(x, x.shape[-1:], eps=self.eps)
+        return torch.addcmul(self.leaves[f"{name}.bias"][:, None], plain, self.leaves[f"{name}.weight"][:, None])
 
     def layer(self, index: int, x: Tensor, real: Tensor, watch: Watch | None = None) -> Tensor:
-        """Run one layer: x [N, B, T, D], real [N, B, T] bool -> [N, B, T, D] float32."""
+        """Run one layer: x [N, B, T, D], real [N, B, T] bool -> [N, B, T, D]."""
         n, b, t, d = x.shape
         heads, name = self.config.num_attention_heads, f"bert.encoder.layer.{index}"
         flat = x.reshape(n, b * t, d)

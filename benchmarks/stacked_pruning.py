@@ -62,9 +62,9 @@ class StackedPruner:
         self.compensate = [int(more.get("compensate", 0)) for more in extra]
         self.relative = [bool(more.get("relative", False)) for more in extra]
         self.full = [bool(config.sparsity) for config in configs]
-        self.masks = {
-            name: torch.ones_like(stack.weights[f"{name}.weight"], dtype=torch.bool) for name in stack.targets
-        }
+        self.mask = torch.ones_like(stack.flat, dtype=torch.bool)
+        views = stack.views(self.mask)
+        self.masks = {name: views[f"{name}.weight"] for name in stack.targets}
         self.started = False
         self.coefs: dict[tuple[int, str], Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
@@ -74,7 +74,7 @@ class StackedPruner:
 
     def weight(self, name: str) -> Tensor:
         """Give the weights [N, O, I] of a linear, without a graph."""
-        return self.stack.weights[f"{name}.weight"].data
+        return self.stack.weights[f"{name}.weight"]
 
     @torch.no_grad()
     def begin_step(self, plans: Sequence[StepPlan], measure: Any, squares: Mapping[str, Tensor]) -> None:
@@ -190,14 +190,14 @@ class StackedPruner:
         for n, plan in enumerate(plans):
             if plan.penalty_weight and self.configs[n].penalty_form == "loss":
                 for name in self.stack.targets:
-                    shape, grad = self.configs[n].block_shape, self.stack.weights[f"{name}.weight"].grad
+                    shape, grad = self.configs[n].block_shape, self.stack.grads[f"{name}.weight"]
                     value, gradient = penalty_gradient(self.weight(name)[n], shape, self.coefs.get((n, name)))
-                    grad[n].add_(gradient, alpha=plan.penalty_weight)  # type: ignore[index]
+                    grad[n].add_(gradient, alpha=plan.penalty_weight)
                     penalties[n] = penalties[n] + value
         if self.taylor_of and not all(plans[n].final_sparsity for n in self.taylor_of):
             shape = self.configs[self.taylor_of[0]].block_shape
             for name in self.stack.targets:
-                grad = self.stack.weights[f"{name}.weight"].grad[self.taylor_of]  # type: ignore[index]
+                grad = self.stack.grads[f"{name}.weight"][self.taylor_of]
                 product = grad * self.weight(name)[self.taylor_of]
                 n, rows, columns = product.shape
                 sums = product.view(n, rows // shape[0], shape[0], columns // shape[1], shape[1]).sum((2, 4))
@@ -210,15 +210,13 @@ class StackedPruner:
     def apply_to_grads_(self) -> None:
         """Set gradients of pruned blocks to zero."""
         if self.started:
-            for name, mask in self.masks.items():
-                self.stack.weights[f"{name}.weight"].grad.mul_(mask)  # type: ignore[union-attr]
+            self.stack.grad.mul_(self.mask)
 
     @torch.no_grad()
     def apply_(self) -> None:
         """Set pruned blocks to zero."""
         if self.started:
-            for name, mask in self.masks.items():
-                self.weight(name).mul_(mask)
+            self.stack.flat.mul_(self.mask)
 
     @torch.no_grad()
     def finish_step(self, plans: Sequence[StepPlan], rates: Sequence[float]) -> None:
