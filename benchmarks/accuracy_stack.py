@@ -384,8 +384,8 @@ class _Adam:
                 lists = [[flat[n, self.parts[i]] for n in range(begin, end) for i in parts] for flat in flats]
                 counts = [count for _ in range(begin, end) for count in counts]
             torch._fused_adamw_(
-                lists[0], lists[1], lists[2], lists[3], [], counts, amsgrad=False, lr=rates[begin], beta1=self.betas[0], beta2=self.betas[1],
-                weight_decay=0.0, eps=self.epsilon, maximize=False, grad_scale=None, found_inf=None,
+                lists[0], lists[1], lists[2], lists[3], [], counts, amsgrad=False, lr=rates[begin],
+                beta1=self.betas[0], beta2=self.betas[1], weight_decay=0.0, eps=self.epsilon, maximize=False, grad_scale=None, found_inf=None,
             )  # fmt: skip
 
 

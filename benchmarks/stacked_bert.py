@@ -91,10 +91,10 @@ class StackedBert:
     @torch.no_grad()
     def collect_gradients(self) -> None:
         """Move the gradients of the last backward into `grad`, in float32."""
-        given = [name for name, leaf in self.leaves.items() if leaf.grad is not None]
-        if len(given) < len(self.leaves):
+        found = {name: leaf.grad for name, leaf in self.leaves.items() if leaf.grad is not None}
+        if len(found) < len(self.leaves):
             self.grad.zero_()
-        torch._foreach_copy_([self.grads[name] for name in given], [self.leaves[name].grad for name in given])
+        torch._foreach_copy_([self.grads[name] for name in found], list(found.values()))
         for leaf in self.leaves.values():
             leaf.grad = None
 
