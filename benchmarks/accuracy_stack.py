@@ -385,7 +385,7 @@ class _Adam:
                 counts = [count for _ in range(begin, end) for count in counts]
             torch._fused_adamw_(
                 lists[0], lists[1], lists[2], lists[3], [], counts, amsgrad=False, lr=rates[begin],
-                beta1=self.betas[0], beta2=self.betas[1], weight_decay=0.0, eps=self.epsilon, maximize=False, grad_scale=None, found_inf=None,
+                beta1=self.betas[0], beta2=self.betas[1], weight_decay=0.0, eps=self.epsilon, maximize=False,
             )  # fmt: skip
 
 
