@@ -17,6 +17,7 @@ from hf_sparse.training.graft import GraftSite, graft_at, graft_sites
 from hf_sparse.training.projections import HiddenProjections, needed_projections
 from hf_sparse.training.schedules import StepPlan, graft_draws
 from hf_sparse.training.teacher import (
+    asked_of_teacher,
     check_teacher,
     copy_as_teacher,
     fingerprint,
@@ -119,7 +120,8 @@ class Distiller:
         config = self.config
         if not (config.kd_weight or config.hidden_weight or config.attention_weight):
             return None
-        outputs = self.hire(student, device)(**asked)
+        teacher = self.hire(student, device)
+        outputs = teacher(**asked_of_teacher(teacher, asked))
         self._install_recording_hooks(student, asked)
         return outputs
 

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -135,6 +136,19 @@ def _check_depth(student: nn.Module, teacher: nn.Module, field: str, config: Spa
 
 def _counts(numbers: list[int]) -> str:
     return " + ".join(map(str, numbers))
+
+
+def asked_of_teacher(teacher: nn.Module, asked: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Leave labels out where the teacher would only compute a loss from them, which nobody reads.
+
+    For a language model that loss takes more memory than its logits. Encoder-decoder models make the decoder's inputs
+    of the labels, and what a model that is not of transformers does with them is not known.
+    """
+    config = getattr(teacher, "config", None)
+    needed = getattr(config, "is_encoder_decoder", False) or getattr(config, "sparse_prediction", False)
+    if needed or not isinstance(teacher, PreTrainedModel):
+        return asked
+    return {key: value for key, value in asked.items() if key != "labels"}
 
 
 def return_attention_maps(*models: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import Trainer, TrainingArguments
 
+from hf_sparse import SparseDistillConfig, SparseDistillTrainer
 from hf_sparse.training.chunked import soft_divergence
 from hf_sparse.training.distill import distillation_loss
+from tests.training.tiny import arguments, llama, pad, rows
 
 
 def plainly(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -98,3 +102,33 @@ def test_only_the_gradient_is_as_large_as_the_logits(monkeypatch: pytest.MonkeyP
     with Sizes() as sizes:
         plainly(student.float(), teacher.float(), 2.0).mean().backward()
     assert sum(size >= logits for size in sizes.made) > 8, "written plainly it takes many, which this test would see"
+
+
+def large_tensors(folder: Path, kind: Any, **given: Any) -> int:
+    """How many tensors of the size of the logits one training step of a language model makes."""
+    vocabulary, data = 4000, rows("lm", 8)
+    logits = 8 * max(len(row["input_ids"]) for row in data) * vocabulary * 4
+    settings = {key: value for key, value in arguments(folder, max_steps=1, **given).items() if key != "block_height"}
+    args = (TrainingArguments if kind is Trainer else SparseDistillConfig)(**settings)
+    trainer = kind(llama(vocab_size=vocabulary), args, train_dataset=data, data_collator=pad)
+    sizes = Sizes()
+
+    def train_step(*inputs: Any, **keywords: Any) -> Any:
+        with sizes:
+            return step(*inputs, **keywords)
+
+    step, trainer.training_step = trainer.training_step, train_step
+    trainer.train()
+    return sum(size >= logits for size in sizes.made)
+
+
+def test_a_training_step_makes_three_more_tensors_of_the_size_of_the_logits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The teacher's logits, the gradient of the distillation loss, and its sum with that of the task loss.
+    monkeypatch.setattr("hf_sparse.training.chunked.CHUNK", 8000)
+    plain = large_tensors(tmp_path, Trainer)
+    assert plain > 3
+    off = large_tensors(tmp_path, SparseDistillTrainer, sparsity=0.0, kd_weight=0.0)
+    assert off == plain
+    assert large_tensors(tmp_path, SparseDistillTrainer, sparsity=0.0) <= plain + 3

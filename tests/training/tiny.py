@@ -38,9 +38,14 @@ def bert(seed: int = 0, kind: str = "SequenceClassification", **changes: Any) ->
 def llama(seed: int = 0, **changes: Any) -> tf.LlamaForCausalLM:
     """A Llama of 2 layers with grouped-query attention."""
     torch.manual_seed(seed)
-    config = tf.LlamaConfig(vocab_size=VOCAB, num_key_value_heads=1, max_position_embeddings=32, pad_token_id=0,
-                            **{**SMALL, **changes})  # fmt: skip
-    return stirred(tf.LlamaForCausalLM(config))
+    settings = {
+        "vocab_size": VOCAB,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 32,
+        "pad_token_id": 0,
+        **SMALL,
+    }
+    return stirred(tf.LlamaForCausalLM(tf.LlamaConfig(**{**settings, **changes})))
 
 
 def gpt2(seed: int = 0, kind: str = "LMHeadModel", **changes: Any) -> Any:
