@@ -12,6 +12,7 @@ from hf_sparse.inference.kernels.gpu import programs
 from hf_sparse.inference.kernels.gpu.layout import Side
 from hf_sparse.inference.kernels.gpu.plan import Plan
 
+_PROGRAMS = {"few": programs.few_program, "gather": programs.gather_program, "copy": programs.copy_program}
 # Tile of the transposition.
 _TILE_M, _TILE_K = 64, 64
 
@@ -24,7 +25,7 @@ def multiply(
 
     Args:
         x: [M, I], any strides, M >= 1.
-        values: [N, h, w] contiguous.
+        values: [N, h, w] contiguous, N >= 1.
         side: the bands of the weight.
         bias: [O] contiguous or None.
         activation: by name or None.
@@ -36,11 +37,52 @@ def multiply(
     """
     tokens = x.shape[0]
     y = x.new_empty(tokens, side.bands * side.height)
-    if plan.features_first:
+    if plan.features_first and not (x.stride(0) == 1 and tokens % plan.m == 0 and x.stride(1) % 16 == 0):
         x = transpose(x, plan.m).t()
-    run = {"few": _few, "gather": _gather, "copy": _copy}[plan.program]
-    run(x, values, side, bias, activation, plan, y, compiled if compiled is not None else {})
+    listed = side.block is not None
+    shared = (
+        side.start, side.start if side.block is None else side.block, side.column, side.order,
+        values if bias is None else bias, y, tokens, side.bands,
+    )  # fmt: skip
+    sizes = {"HEIGHT": side.height, "WIDTH": side.width, "M": plan.m, "O": plan.o, "K": plan.k}
+    last = {"HAS_BIAS": bias is not None, "ACTIVATION": activation, "PRECISION": precision(x.dtype)}
+    grid = (-(-tokens // plan.m) if plan.m > 1 else 1) * side.bands * -(-side.height // plan.o)
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+    if plan.program == "copy":
+        flat = values.view(-1, values.shape[2])
+        boxes = (_box(x, plan.m, plan.k), _box(flat, plan.k, plan.o) if listed else _box(flat, plan.o, plan.k))
+        args = (*boxes, *shared, y.stride(0))
+        constants = {**sizes, "GROUP": plan.group, "SWAPPED": plan.swapped, "LISTED": listed, **last}
+    else:
+        args = (x, values, *shared, x.stride(0), x.stride(1), y.stride(0))
+        constants = {**sizes, **last}
+        if plan.program == "gather":
+            strides = {"STRIDE_ROW": side.stride_row, "STRIDE_INNER": side.stride_inner, "GROUP": plan.group}
+            ways = {"FEATURES_FIRST": plan.features_first, "SWAPPED": plan.swapped, "LISTED": listed}
+            constants = {**sizes, **strides, **ways, **last}
+    # What Triton compiles anew for. Finding out takes it longer than a product of few tokens, so programs are kept.
+    alike = (plan, side.stride_inner, *last.values(), x.stride(), (x.data_ptr() | shared[4].data_ptr()) % 16)
+    _start(_PROGRAMS[plan.program], grid, args, constants, plan, alike, compiled)
     return y
+
+
+def _box(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
+
+
+def _start(
+    program: Any, grid: int, args: tuple[Any, ...], constants: dict[str, Any], plan: Plan, alike: Any,
+    compiled: dict[Any, Any] | None,
+) -> None:  # fmt: skip
+    kept = None if compiled is None else compiled.get(alike)
+    if kept is not None:
+        kept[(grid, 1, 1)](*args, *constants.values())
+        return
+    made = program[(grid,)](*args, **constants, num_warps=plan.warps, num_stages=plan.stages)
+    # The interpreter gives nothing to keep.
+    if compiled is not None and made is not None:
+        compiled[alike] = made
 
 
 def transpose(x: Tensor, multiple: int) -> Tensor:
@@ -57,68 +99,9 @@ def transpose(x: Tensor, multiple: int) -> Tensor:
 
 def precision(dtype: torch.dtype) -> str:
     """Name how float32 is multiplied: as torch does, in full unless TensorFloat-32 was asked for."""
-    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        return "tf32"
-    return "ieee"
-
-
-def _few(
-    x: Tensor, values: Tensor, side: Side, bias: Tensor | None, activation: str | None, plan: Plan, y: Tensor,
-    compiled: dict[Any, Any],
-) -> None:  # fmt: skip
-    grid = side.bands * -(-side.height // plan.o)
-    args = (
-        x, values, side.start, side.column, side.order, values if bias is None else bias, y, y.shape[0], side.bands,
-        x.stride(0), x.stride(1), y.stride(0),
-    )  # fmt: skip
-    constants = {
-        "HEIGHT": side.height, "WIDTH": side.width, "M": plan.m, "O": plan.o, "K": plan.k,
-        "HAS_BIAS": bias is not None, "ACTIVATION": activation, "PRECISION": precision(x.dtype),
-    }  # fmt: skip
-    _start(programs.few_program, grid, args, constants, plan, compiled)
-
-
-def _gather(
-    x: Tensor, values: Tensor, side: Side, bias: Tensor | None, activation: str | None, plan: Plan, y: Tensor,
-    compiled: dict[Any, Any],
-) -> None:  # fmt: skip
-    grid = -(-y.shape[0] // plan.m) * side.bands * -(-side.height // plan.o)
-    args = (
-        x, values, side.start, side.start if side.block is None else side.block, side.column, side.order,
-        values if bias is None else bias, y, y.shape[0], side.bands, x.stride(0), x.stride(1), y.stride(0),
-    )  # fmt: skip
-    constants = {
-        "HEIGHT": side.height, "WIDTH": side.width, "STRIDE_ROW": side.stride_row, "STRIDE_INNER": side.stride_inner,
-        "M": plan.m, "O": plan.o, "K": plan.k, "GROUP": plan.group, "FEATURES_FIRST": plan.features_first,
-        "SWAPPED": plan.swapped, "LISTED": side.block is not None, "HAS_BIAS": bias is not None,
-        "ACTIVATION": activation, "PRECISION": precision(x.dtype),
-    }  # fmt: skip
-    _start(programs.gather_program, grid, args, constants, plan, compiled)
-
-
-def _copy(
-    x: Tensor, values: Tensor, side: Side, bias: Tensor | None, activation: str | None, plan: Plan, y: Tensor,
-    compiled: dict[Any, Any],
-) -> None:  # fmt: skip
-    grid = -(-y.shape[0] // plan.m) * side.bands * -(-side.height // plan.o)
-    listed = side.block is not None
-    x_desc = TensorDescriptor(x, list(x.shape), list(x.stride()), [plan.m, plan.k])
-    flat = values.view(-1, values.shape[2])
-    box = [plan.k, plan.o] if listed else [plan.o, plan.k]
-    values_desc = TensorDescriptor(flat, list(flat.shape), list(flat.stride()), box)
-    args = (
-        x_desc, values_desc, side.start, side.start if side.block is None else side.block, side.column, side.order,
-        values if bias is None else bias, y, y.shape[0], side.bands, y.stride(0),
-    )  # fmt: skip
-    constants = {
-        "HEIGHT": side.height, "WIDTH": side.width, "M": plan.m, "O": plan.o, "K": plan.k, "GROUP": plan.group,
-        "SWAPPED": plan.swapped, "LISTED": listed, "HAS_BIAS": bias is not None, "ACTIVATION": activation,
-        "PRECISION": precision(x.dtype),
-    }  # fmt: skip
-    _start(programs.copy_program, grid, args, constants, plan, {})
-
-
-def _start(
-    program: Any, grid: int, args: tuple[Any, ...], constants: dict[str, Any], plan: Plan, compiled: dict[Any, Any]
-) -> None:
-    program[(grid,)](*args, **constants, num_warps=plan.warps, num_stages=plan.stages)
+    if dtype != torch.float32:
+        return "ieee"
+    asked = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if asked is None:
+        asked = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if asked == "tf32" else "ieee"

@@ -71,8 +71,8 @@ def _column(column_ptr, start, i, count, step, WIDTH: tl.constexpr, K: tl.conste
 def gather_program(
     x_ptr, values_ptr, start_ptr, block_ptr, column_ptr, order_ptr, bias_ptr, y_ptr,
     tokens, bands, stride_xm, stride_xk, stride_y,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STRIDE_ROW: tl.constexpr, STRIDE_INNER: tl.constexpr,
-    M: tl.constexpr, O: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, FEATURES_FIRST: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, O: tl.constexpr, K: tl.constexpr,
+    STRIDE_ROW: tl.constexpr, STRIDE_INNER: tl.constexpr, GROUP: tl.constexpr, FEATURES_FIRST: tl.constexpr,
     SWAPPED: tl.constexpr, LISTED: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -200,7 +200,7 @@ def copy_program(
 
 @triton.jit(do_not_specialize=["tokens", "bands"])
 def few_program(
-    x_ptr, values_ptr, start_ptr, column_ptr, order_ptr, bias_ptr, y_ptr,
+    x_ptr, values_ptr, start_ptr, block_ptr, column_ptr, order_ptr, bias_ptr, y_ptr,
     tokens, bands, stride_xm, stride_xk, stride_y,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, O: tl.constexpr, K: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
