@@ -372,6 +372,8 @@ def test_bench_names_what_is_not_installed(
         (("--length", "64"), "--length 64 is more than the 32 positions"),
         (("--record",), f"{FACTS_FILE} is missing"),
         (("--dense", "nowhere"), "nowhere does not exist"),
+        (("--device", "cuda"), "--device cuda: torch finds no GPU here"),
+        (("--device", "cpu", "--dtype", "float16"), "--dtype float16 is measured on a GPU"),
     ],
 )
 def test_bench_refuses(cli: Callable[..., Done], small: Path, options: tuple, message: str) -> None:

@@ -40,6 +40,8 @@ class _Plan:
     lengths: list[int]
     engines: list[str]
     dtype: str | None
+    device: str
+    graphs: bool
     seconds: float
 
 
@@ -56,8 +58,15 @@ def bench(
     batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8",
     length: Annotated[str, typer.Option(help="Tokens per row, separated by commas.")] = "128",
     dtype: Annotated[
-        Literal["float32", "bfloat16"] | None, typer.Option(help="Dtype of all models. (default: as saved)")
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Dtype of all models; float16 on a GPU. (default: as saved)"),
     ] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="Where to measure; auto takes a GPU if there is one.")
+    ] = "auto",
+    graphs: Annotated[
+        bool, typer.Option(help="On a GPU, replay CUDA graphs: without what the CPU takes to launch.")
+    ] = True,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of each engine. (default: those of torch)")
     ] = None,
@@ -71,7 +80,8 @@ def bench(
     for folder in filter(None, (path, dense)):
         check_model_folder(folder)
     names = _engines(engines) + (["torch_compile"] if compile_dense else [])
-    plan = _Plan(path, dense, _numbers("--batch", batch), _numbers("--length", length), names, dtype, seconds)
+    sizes = _numbers("--batch", batch), _numbers("--length", length)
+    plan = _Plan(path, dense, *sizes, names, dtype, _device(device, dtype), graphs, seconds)
     if dense is None and not is_compressed(path):
         raise ValueError(f"{path} is dense: name the model to compare it with, --dense PATH.")
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
@@ -87,6 +97,7 @@ def bench(
         command = ["hf-sparse", "bench", str(path), *(["--dense", str(dense)] if dense else [])]
         command += ["--engines", engines, *(["--compile"] if compile_dense else []), "--batch", batch]
         command += ["--length", length, *(["--dtype", dtype] if dtype else [])]
+        command += [*(["--device", device] if device != "auto" else []), *([] if graphs else ["--no-graphs"])]
         command += [*(["--threads", str(threads)] if threads else []), "--seconds", f"{seconds:g}"]
         result = {"model": str(path), "command": shlex.join(command), **environment(), **measured}
     if out is not None:
@@ -109,15 +120,15 @@ def _measure(plan: _Plan) -> dict[str, Any]:
 
     pruned, same = load_model(plan.path), decompress(load_model(plan.path))
     dense = load_model(plan.dense) if plan.dense else same
-    if plan.dtype:
-        pruned, same, dense = (model.to(getattr(torch, plan.dtype)) for model in (pruned, same, dense))
+    kind = getattr(torch, plan.dtype) if plan.dtype else None
+    pruned, same, dense = (model.to(device=plan.device, dtype=kind) for model in (pruned, same, dense))
     vocab_size = getattr(pruned.config, "vocab_size", None)
     if vocab_size is None:
         raise ValueError(f"{plan.path} takes no tokens (its config has no vocab_size), and bench draws nothing else.")
     longest = getattr(pruned.config, "max_position_embeddings", None)
     if longest is not None and max(plan.lengths) > longest:
         raise ValueError(f"--length {max(plan.lengths)} is more than the {longest} positions of {plan.path}.")
-    inputs = token_inputs(plan.batches, plan.lengths, vocab_size)
+    inputs = token_inputs(plan.batches, plan.lengths, vocab_size, device=plan.device)
     with _progress(1 + len(inputs)) as advance:
         try:
             with torch.inference_mode():
@@ -125,7 +136,14 @@ def _measure(plan: _Plan) -> dict[str, Any]:
                 others, skipped = make_engines(dense, plan.engines, inputs, truths)
             advance()
             rows = compare_models(
-                dense, pruned, inputs, reference=same, seconds=plan.seconds, others=others, advance=advance
+                dense,
+                pruned,
+                inputs,
+                reference=same,
+                seconds=plan.seconds,
+                others=others,
+                advance=advance,
+                graphs=plan.graphs,
             )
         except IndexError as error:
             raise ValueError(f"--length {max(plan.lengths)} is more than {plan.path} takes: {error}.") from error
@@ -135,6 +153,17 @@ def _measure(plan: _Plan) -> dict[str, Any]:
         "encoders": fused_encoders(pruned),
         "rows": rows,
     }
+
+
+def _device(name: str, dtype: str | None) -> str:
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU here.")
+    chosen = "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+    if chosen == "cpu" and dtype == "float16":
+        raise ValueError("--dtype float16 is measured on a GPU: use float32 or bfloat16 on the CPU.")
+    return chosen
 
 
 @contextmanager
@@ -201,7 +230,7 @@ def _print_table(result: dict[str, Any]) -> None:
     Console().print(table)
     last = result["rows"][-1]
     typer.echo(
-        f"density {last['density']:.1%}, {last['dtype']}, {last['threads']} threads, {last['device']}; "
+        f"density {last['density']:.1%}, {last['dtype']}, {_place(last)}; "
         f"speed-ups over the fastest dense engine and over torch"
     )
     for name, reason in result["not_measured"].items():
@@ -211,6 +240,12 @@ def _print_table(result: dict[str, Any]) -> None:
         typer.echo(f"compressed layers: {counts}")
     for name, state in result["encoders"].items():
         typer.echo(f"encoder {name or 'of the model'}: {state}")
+
+
+def _place(row: dict[str, Any]) -> str:
+    if row["device"] == "cpu":
+        return f"{row['threads']} threads, cpu"
+    return f"{row['gpu']}, {'CUDA graph' if row['mode'] == 'graph' else 'launched by the CPU'}"
 
 
 def _check_card(path: Path) -> None:

@@ -5,6 +5,7 @@ What is compared runs in turn, round after round, so that a machine that slows d
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.core.report import report
+
+logger = logging.getLogger(__name__)
 
 # Largest error allowed, as a share of the largest reference value: what rounding in this dtype adds up to in a model.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -171,6 +174,7 @@ def compare_models(
     tolerance: float | None = None,
     others: Mapping[str, Callable[[Mapping[str, Tensor]], Tensor]] | None = None,
     advance: Callable[[], None] | None = None,
+    graphs: bool = False,
 ) -> list[dict[str, Any]]:
     """Time a pruned model against a dense one, value check first.
 
@@ -183,12 +187,14 @@ def compare_models(
         tolerance: see `check_close`.
         others: {name: another engine that computes what `dense` does}, such as `inference.engines` makes.
         advance: called when an entry of `inputs` is done.
+        graphs: whether CUDA graphs of both models are replayed, which leaves out what the CPU takes to launch them. A
+            model that cannot be recorded is called as it is; so are `others`.
 
     Returns:
         A row per engine and entry of `inputs`, "dense" (torch, as the model comes) first, then `others`, "hf_sparse"
         last, with engine, device, dtype, batch, length, block_shape, density, threads, ms (median), spread ([first,
         third quartile] in ms), runs, speedup (over the fastest of the dense engines), speedup_eager (over "dense")
-        and max_error (0.0 for "dense").
+        and max_error (0.0 for "dense"); on a GPU also its name as "gpu", and "mode": "graph" or "eager".
 
     Raises:
         MismatchError: if `pruned` does not compute what `reference` does, or another engine what `dense` does;
@@ -212,19 +218,28 @@ def compare_models(
         for given, found in zip(inputs, errors, strict=True):
             calls: dict[str, Callable[[], object]] = {"dense": partial(dense, **given)}
             calls |= {name: partial(engine, given) for name, engine in others.items()}
+            calls["hf_sparse"] = partial(pruned, **given)
+            facts: dict[str, dict[str, Any]] = {name: {} for name in calls}
+            if weight.device.type == "cuda":
+                for name in calls:
+                    recorded = record_graph(calls[name]) if graphs and name not in others else None
+                    calls[name] = recorded or calls[name]
+                    mode = "eager" if recorded is None else "graph"
+                    facts[name] = {"gpu": torch.cuda.get_device_name(weight.device), "mode": mode}
             timings = time_interleaved(
-                {**calls, "hf_sparse": partial(pruned, **given)},
+                calls,
                 seconds,
                 rounds,
                 synchronize=torch.cuda.synchronize if weight.device.type == "cuda" else None,
             )
-            best = min(timings[name].median_ms for name in calls)
+            best = min(timing.median_ms for name, timing in timings.items() if name != "hf_sparse")
             batch, length = given["input_ids"].shape
             for engine, timing in timings.items():
                 rows.append(
                     {
                         "engine": engine,
                         "device": weight.device.type,
+                        **facts[engine],
                         "dtype": str(weight.dtype).removeprefix("torch."),
                         "batch": batch,
                         "length": length,
@@ -241,6 +256,26 @@ def compare_models(
             if advance:
                 advance()
     return rows
+
+
+def record_graph(call: Callable[[], object]) -> Callable[[], object] | None:
+    """Record a call as a CUDA graph, and give what replays it; None where it cannot be recorded.
+
+    Args:
+        call: works on tensors that stay where they are.
+    """
+    try:
+        # A first call allocates, compiles and tunes, none of which can be recorded.
+        call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+    # Models that wait for the device, or read its values, fail in their own ways.
+    except RuntimeError as error:
+        logger.info("no CUDA graph, timed as it is called: %s", error)
+        return None
+    return graph.replay
 
 
 def _errors(

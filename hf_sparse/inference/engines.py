@@ -33,7 +33,7 @@ class DenseEngines:
     """The engines of one dense model.
 
     Args:
-        model: dense, on the CPU, in evaluation mode; float32 or bfloat16.
+        model: dense, in evaluation mode; float32 or bfloat16. On a GPU only torch_compile is there.
         threads: that each engine may use.
 
     Example:
@@ -46,7 +46,8 @@ class DenseEngines:
     def __init__(self, model: nn.Module, threads: int) -> None:
         self.model = model
         self.threads = threads
-        self.dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        self.dtype, self.device = weight.dtype, weight.device
 
     def make(self, name: str) -> Engine:
         """Make an engine.
@@ -60,6 +61,8 @@ class DenseEngines:
         """
         if name not in ENGINES:
             raise ValueError(f"engine {name!r} is not one of {', '.join(ENGINES)}.")
+        if name != "torch_compile" and self.device.type != "cpu":
+            raise Unavailable("measured on the CPU alone")
         return {"torch_compile": self._compile, "onnxruntime": self._onnxruntime, "openvino": self._openvino}[name]()
 
     @cached_property

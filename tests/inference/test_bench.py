@@ -196,3 +196,17 @@ def test_models_run_in_evaluation_mode_without_gradients() -> None:
     model = Watched()
     compare_models(model.train(), model, token_inputs([1], [4], 50), seconds=0.0, rounds=1)
     assert set(seen) == {(False, False)}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+@pytest.mark.parametrize("graphs", [True, False])
+def test_models_on_a_gpu_are_timed_as_graphs_or_as_they_are(graphs: bool) -> None:
+    pruned = pruned_toy().cuda()
+    dense = decompress(pruned_toy()).cuda()
+    inputs = token_inputs([2], [8], vocab_size=50, device="cuda")
+    rows = compare_models(dense, pruned, inputs, seconds=0.0, graphs=graphs)
+    assert {(row["engine"], row["mode"]) for row in rows} == {
+        (engine, "graph" if graphs else "eager") for engine in ("dense", "hf_sparse")
+    }
+    assert {row["gpu"] for row in rows} == {torch.cuda.get_device_name()}
