@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 
 from hf_sparse.core.blocks import BlockShape
 from hf_sparse.core.packing import LayerFormat, pack, unpack_mask
-from hf_sparse.inference.kernels import BlockIndex, to_dense
+from hf_sparse.inference.kernels import BlockIndex, requested_backend, to_dense
 from hf_sparse.inference.prepared import Indexed, Prepared, WithGradient
 
 
@@ -132,7 +132,8 @@ class BlockSparseLinear(nn.Module):
         )
         compiling = torch.compiler.is_compiling()
         autocast = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
-        if (autocast and (backward or compiling)) or (backward and (self.training or compiling)):
+        training = backward and self.training
+        if (autocast and (backward or compiling)) or (backward and compiling) or (training and not self._trains()):
             # The weight changes before the next call, or torch decides on the dtypes: nothing is worth preparing.
             return linear(x, self.dense_weight(), bias)
         dtype = weight.dtype
@@ -187,6 +188,13 @@ class BlockSparseLinear(nn.Module):
     def _prepare(self, dtype: torch.dtype) -> Prepared:
         self._prepared = Prepared.from_values(self.weight, self.weight_block_mask, self.index(), dtype)
         return self._prepared
+
+    def _trains(self) -> bool:
+        # Kernels that read the weight itself need no preparation when it changes; CPU kernels all have a copy.
+        if self.weight.device.type == "cpu" and requested_backend() != "gpu":
+            return False
+        ready = self._prepared
+        return (ready if ready is not None else self._prepare(self.weight.dtype)).in_place
 
     def _apply(self, fn: Any, recurse: bool = True) -> BlockSparseLinear:
         self._indexed = self._prepared = None

@@ -16,6 +16,7 @@ from hf_sparse.inference.kernels import (
     Backend,
     BlockIndex,
     CountsTokens,
+    GivesGradients,
     LayerSpec,
     backend_for_few,
     choose_backend,
@@ -45,11 +46,13 @@ class Stamp:
 
     def fits(self, tensor: Tensor | None) -> bool:
         """Tell whether this is the same tensor with the same content, as far as torch tells of writes."""
-        return (
-            tensor is self._tensor
-            and tensor.data_ptr() == self._address
-            and (self._version is None or tensor._version == self._version)
+        return self.is_same(tensor) and (
+            self._version is None or (tensor is not None and tensor._version == self._version)
         )
+
+    def is_same(self, tensor: Tensor | None) -> bool:
+        """Tell whether this is the same tensor in the same place, whatever was written to it."""
+        return tensor is self._tensor and tensor is not None and tensor.data_ptr() == self._address
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +86,7 @@ class Prepared:
         few: calls with fewer tokens run dense.
         many: calls with more tokens run dense.
         dense: [O, I], the weight for those calls; None where there are none.
+        in_place: whether the backend reads the weight itself, and gives gradients: writing to it changes nothing.
     """
 
     weight: Stamp
@@ -94,6 +98,7 @@ class Prepared:
     few: int
     many: int
     dense: Tensor | None
+    in_place: bool
 
     @classmethod
     def from_values(cls, weight: Tensor, bitmap: Tensor, index: BlockIndex, dtype: torch.dtype) -> Prepared:
@@ -124,11 +129,13 @@ class Prepared:
                     state = backend.prepare(values, index)
                 elif wins_from > 1:
                     few, dense = wins_from, to_dense(values, index)
-        return cls(Stamp(weight), Stamp(bitmap), backend, index, state, dtype, few, many, dense)
+        in_place = dense is None and isinstance(backend, GivesGradients) and backend.follows(state, weight)
+        return cls(Stamp(weight), Stamp(bitmap), backend, index, state, dtype, few, many, dense, in_place)
 
     def fits(self, weight: Tensor, bitmap: Tensor | None, dtype: torch.dtype) -> bool:
         """Tell whether weight and bitmap are still those it was made of, and the dtype the one that is asked for."""
-        return self.dtype is dtype and self.weight.fits(weight) and self.mask.fits(bitmap)
+        same = self.weight.is_same(weight) if self.in_place else self.weight.fits(weight)
+        return same and self.dtype is dtype and self.mask.fits(bitmap)
 
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Compute [M, O] from x [M, I]."""
@@ -138,24 +145,32 @@ class Prepared:
 
 
 class WithGradient(torch.autograd.Function):
-    """A prepared forward pass with a dense backward pass: what falls on pruned blocks is dropped."""
+    """A prepared forward pass; backward by the backend where it can, dense otherwise, without what pruned blocks got."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, ready: Prepared) -> Tensor:
         """Compute [M, O] from x [M, I]."""
         ctx.save_for_backward(x, values)
-        ctx.index = ready.index
+        ctx.ready = ready
         return ready.run(x, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients of x, values and bias that are asked for; differentiable itself."""
         x, values = ctx.saved_tensors
-        index: BlockIndex = ctx.index
-        grad_x = grad @ to_dense(values, index) if ctx.needs_input_grad[0] else None
-        grad_values = grad_bias = None
+        ready: Prepared = ctx.ready
+        index, grad_x, grad_values, grad_bias = ready.index, None, None, None
+        # The kernels have no second derivative.
+        backend = None if torch.is_grad_enabled() or ready.dense is not None else ready.backend
+        if not isinstance(backend, GivesGradients):
+            backend = None
+        if ctx.needs_input_grad[0]:
+            grad_x = None if backend is None else backend.input_gradient(grad, ready.state)
+            grad_x = grad @ to_dense(values, index) if grad_x is None else grad_x
         if ctx.needs_input_grad[1]:
-            grad_values = to_blocks(grad.t() @ x, index.layer.block_shape)[index.rows, index.cols]
+            grad_values = None if backend is None else backend.values_gradient(grad, x, ready.state)
+            if grad_values is None:
+                grad_values = to_blocks(grad.t() @ x, index.layer.block_shape)[index.rows, index.cols]
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum(0)
         return grad_x, grad_values, grad_bias, None

@@ -121,6 +121,20 @@ class WinsForFew(Protocol):
         """Give the number of tokens up to which it is measured to beat dense though `wins` says no; 0 for none."""
 
 
+@runtime_checkable
+class GivesGradients(Protocol):
+    """A backend that reads the values of a layer where they are stored, and computes gradients from them."""
+
+    def follows(self, state: Any, values: Tensor) -> bool:
+        """Tell whether the state reads these very values, so that it stays right when they are written to."""
+
+    def input_gradient(self, grad: Tensor, state: Any) -> Tensor | None:
+        """Compute the gradient of x [M, I] from that of y [M, O]; None where a dense product does it better."""
+
+    def values_gradient(self, grad: Tensor, x: Tensor, state: Any) -> Tensor | None:
+        """Compute the gradient of the values [N, h, w]; None where a dense product does it better."""
+
+
 _BACKENDS: dict[str, Backend] = {}
 
 

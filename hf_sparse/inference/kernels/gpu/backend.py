@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,12 +15,11 @@ from torch import Tensor
 
 from hf_sparse.inference.kernels.gpu import limits
 from hf_sparse.inference.kernels.gpu.layout import MAX_INDEX, GpuWeight, Side, to_gpu
+from hf_sparse.inference.kernels.gpu.plan import MIN_RUN
 from hf_sparse.inference.kernels.reference import ACTIVATIONS, activate
 from hf_sparse.inference.kernels.registry import BlockIndex, LayerSpec, register
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Blocks of the least height and width whose gradient of x is worth the programs; others take it from a dense weight.
-_GRADIENT_HEIGHT, _GRADIENT_WIDTH = 16, 16
 
 
 def interpreted() -> bool:
@@ -84,12 +84,37 @@ class GpuBackend:
             )
         return call(x, state.values, state.forward, bias, activation, state.density, state.launches)
 
+    def follows(self, state: GpuWeight, values: Tensor) -> bool:
+        """Tell whether the kernels read these very values."""
+        return state.values.data_ptr() == values.data_ptr() and state.values.dtype is values.dtype
+
     def input_gradient(self, grad: Tensor, state: GpuWeight) -> Tensor | None:
-        """Compute the gradient of x [M, I] from that of y [M, O]; None where a dense product does it better."""
-        height, width = state.index.layer.block_shape
-        if height < _GRADIENT_HEIGHT or width < _GRADIENT_WIDTH or torch.compiler.is_compiling():
+        """Compute the gradient of x [M, I] from that of y [M, O]; None for blocks that are no tiles."""
+        if not _is_tile(state):
             return None
         return call(grad, state.values, state.backward, None, None, state.density, state.launches)
+
+    def values_gradient(self, grad: Tensor, x: Tensor, state: GpuWeight) -> Tensor | None:
+        """Compute the gradient of the values [N, h, w], of the kept blocks alone; None for blocks that are no tiles."""
+        if not _is_tile(state) or state.values.shape[0] == 0:
+            return None
+        from hf_sparse.inference.kernels.gpu.gradients import sampled
+
+        index = state.index
+        with on_device(x):
+            return sampled(grad, x, index.rows, index.cols, index.layer.block_shape)
+
+
+def _is_tile(state: GpuWeight) -> bool:
+    # The programs of the gradients take tiles of powers of two; a column in a band would be a sum of single products.
+    return all(size >= MIN_RUN and size & (size - 1) == 0 for size in state.index.layer.block_shape)
+
+
+def on_device(x: Tensor) -> AbstractContextManager[Any]:
+    """Make the device of a tensor the current one, where it is not."""
+    if x.device.type == "cuda" and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return nullcontext()
 
 
 def call(
@@ -131,10 +156,8 @@ def call(
         return activate(y if bias is None else y + bias, activation)
     plan = choice.plan_for(x, values, side, density, launches)
     x = choice.suited(x, plan)
-    if x.device.type == "cuda" and x.device.index != torch.cuda.current_device():
-        with torch.cuda.device(x.device):
-            return launch.multiply(x, values, side, bias, activation, plan, launches)
-    return launch.multiply(x, values, side, bias, activation, plan, launches)
+    with on_device(x):
+        return launch.multiply(x, values, side, bias, activation, plan, launches)
 
 
 _OPS = torch.library.Library("hf_sparse", "FRAGMENT")
