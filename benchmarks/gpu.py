@@ -42,7 +42,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON files")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--check", action="store_true")
-    mode.add_argument("--explore", action="store_true")
+    mode.add_argument("--explore", nargs="?", const="all", choices=["all", "check", "measure"])
     options = parser.parse_args(arguments)
     options.part = options.part or list(PARTS)
     options.out = options.out.resolve()
@@ -72,6 +72,17 @@ def check(options: argparse.Namespace) -> int:
 def explore(options: argparse.Namespace) -> int:
     """Compile and check the plans in several processes, then time them in one."""
     begin = time.monotonic()
+    if options.explore != "measure":
+        _check_plans(options, begin + (0.6 if options.explore == "all" else 1.0) * options.seconds)
+        print(f"checked in {time.monotonic() - begin:.0f} s", flush=True)
+    if options.explore == "check":
+        return 0
+    left = options.seconds - (time.monotonic() - begin)
+    target = options.out / "gpu_explore.json"
+    return run("benchmarks.gpu_explore", "measure", options.out, target, left - 5, seconds=left + 10)
+
+
+def _check_plans(options: argparse.Namespace, deadline: float) -> None:
     for old in options.out.glob("checked-*.json"):
         old.unlink()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
@@ -83,17 +94,12 @@ def explore(options: argparse.Namespace) -> int:
         )
         for part in range(options.jobs)
     ]  # fmt: skip
-    deadline = begin + 0.6 * options.seconds
     for worker in workers:
         try:
             worker.wait(timeout=max(0.1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             worker.kill()
             print("a worker was stopped: its other plans are not checked", flush=True)
-    print(f"checked in {time.monotonic() - begin:.0f} s", flush=True)
-    left = options.seconds - (time.monotonic() - begin)
-    target = options.out / "gpu_explore.json"
-    return run("benchmarks.gpu_explore", "measure", options.out, target, left - 5, seconds=left + 10)
 
 
 def measure(options: argparse.Namespace) -> int:

@@ -28,6 +28,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from hf_sparse.core.packing import LayerFormat  # noqa: E402
 from hf_sparse.inference.kernels import BlockIndex  # noqa: E402
 from hf_sparse.inference.kernels.gpu import programs  # noqa: E402
+from hf_sparse.inference.kernels.gpu.launch import options  # noqa: E402
 from hf_sparse.inference.kernels.gpu.layout import Side, backward_side, forward_side  # noqa: E402
 from hf_sparse.inference.kernels.gpu.plan import MAX_SHARED, Plan, candidates  # noqa: E402
 
@@ -43,6 +44,8 @@ def source(side: Side, plan: Plan, dtype: torch.dtype) -> tuple[ASTSource, dict[
     fixed: dict[str, Any] = {
         "HEIGHT": side.height, "WIDTH": side.width, "M": plan.m, "O": plan.o, "K": plan.k, "HAS_BIAS": True,
         "ACTIVATION": "gelu", "PRECISION": "ieee",
+        "EARLY": plan.early,
+        "BOXED": plan.boxed,
     }  # fmt: skip
     program = {"few": programs.few_program, "gather": programs.gather_program, "copy": programs.copy_program}
     found = program[plan.program]
@@ -55,7 +58,7 @@ def source(side: Side, plan: Plan, dtype: torch.dtype) -> tuple[ASTSource, dict[
     fixed["stride_xm" if plan.features_first else "stride_xk"] = 1
     fixed = {name: value for name, value in fixed.items() if name in found.arg_names}
     box = (plan.k, plan.o) if listed else (plan.o, plan.k)
-    boxes = {"x_desc": (plan.m, plan.k), "values_desc": box}
+    boxes = {"x_desc": (plan.m, plan.k), "values_desc": box, "y_desc": (plan.m, plan.o)}
     kinds = {name: f"tensordesc<{kind}[{high}, {wide}]>" for name, (high, wide) in boxes.items()}
     pointers = dict.fromkeys(("x_ptr", "values_ptr", "bias_ptr", "y_ptr"), f"*{kind}")
     signature = {}
@@ -70,7 +73,7 @@ def source(side: Side, plan: Plan, dtype: torch.dtype) -> tuple[ASTSource, dict[
             signature[name] = "i32"
     aligned = [name for name, given in signature.items() if given.startswith("*") or name.startswith("stride")]
     attrs = {(found.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned if name not in fixed}
-    return ASTSource(found, signature, fixed, attrs), {"num_warps": plan.warps, "num_stages": plan.stages}
+    return ASTSource(found, signature, fixed, attrs), options(plan)
 
 
 def compile_plan(side: Side, plan: Plan, dtype: torch.dtype) -> dict[str, Any]:

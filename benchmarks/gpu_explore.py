@@ -6,9 +6,12 @@ Workers compile and check every plan first, each a part of them; then one proces
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,83 +21,84 @@ from benchmarks.gpu_cases import DEVICE, TOLERANCE, Case, ceilings, copies, dens
 from hf_sparse.inference.kernels.gpu.launch import multiply, transpose
 from hf_sparse.inference.kernels.gpu.plan import Plan, default_plan
 
+TILES = ((64, 64, 4), (128, 64, 8), (64, 128, 8), (128, 128, 8), (32, 64, 4), (32, 128, 4), (64, 32, 4))
 SQUARE, TALL = (4096, 4096), (11008, 4096)
 
 
 def jobs() -> Iterator[tuple[Case, int, list[Plan]]]:
     """List weights, tokens and the plans to try, what matters most first."""
-    tile, bands = _tile_plans, _band_plans
-    yield Case(SQUARE, (64, 64), 0.1), 4096, tile(64, 64, wide=True)
-    yield Case(SQUARE, (64, 1), 0.1), 4096, bands(64, wide=True)
+    yield Case(SQUARE, (64, 64), 0.1), 4096, _tile_plans(64, 64, wide=True)
+    yield Case(SQUARE, (64, 1), 0.1), 4096, _band_plans(64)
     yield Case(SQUARE, (64, 64), 0.1), 1, _few_plans(1, False)
     yield Case(SQUARE, (64, 1), 0.1), 1, _few_plans(1, False)
     yield Case(SQUARE, (64, 64), 0.1), 16, _few_plans(16, False)
     yield Case(SQUARE, (64, 1), 0.1), 16, _few_plans(16, True)
-    yield Case(TALL, (64, 64), 0.1), 4096, tile(64, 64)
-    yield Case(TALL, (64, 1), 0.1), 4096, bands(64)
-    for height in (128, 32, 16):
-        yield Case(SQUARE, (height, height), 0.1), 4096, tile(height, height)
-        yield Case(SQUARE, (height, 1), 0.1), 4096, bands(height)
-    yield Case(TALL, (32, 1), 0.1), 1, _few_plans(1, False)
-    yield Case(TALL, (32, 32), 0.1), 1, _few_plans(1, False)
-    yield Case(SQUARE, (16, 1), 0.1), 1, _few_plans(1, False)
-    yield Case(SQUARE, (8, 1), 0.1), 1, _few_plans(1, False, rows=8)
-    for tokens in (64, 512):
-        yield Case(SQUARE, (64, 64), 0.1), tokens, tile(64, 64, m=(32, 64, 128))
-        yield Case(SQUARE, (64, 1), 0.1), tokens, bands(64, m=(32, 64, 128))
-    yield Case((1024, 1024), (64, 64), 0.1), 4096, tile(64, 64)
-    yield Case((4096, 1024), (64, 64), 0.1), 4096, tile(64, 64)
-    yield Case(SQUARE, (64, 64), 0.5), 4096, tile(64, 64)
-    yield Case(SQUARE, (64, 64), 0.1, "float32"), 512, _single_plans(False)
-    yield Case(SQUARE, (64, 1), 0.1, "float32"), 512, _single_plans(True)
+    yield Case(TALL, (64, 64), 0.1), 4096, _tile_plans(64, 64, wide=True)
+    yield Case(TALL, (64, 1), 0.1), 4096, _band_plans(64)
+    yield Case(TALL, (64, 64), 0.1), 1, _few_plans(1, False)
+    yield Case(TALL, (64, 1), 0.1), 1, _few_plans(1, False)
+    yield Case((28672, 8192), (64, 64), 0.1), 1, _few_plans(1, False)
+    yield Case(SQUARE, (128, 128), 0.1), 4096, _tile_plans(128, 128)
+    yield Case(SQUARE, (128, 1), 0.1), 4096, _band_plans(128)
+    yield Case(SQUARE, (32, 32), 0.1), 4096, [*_tile_plans(32, 32), *_band_plans(32)[:2]]
+    yield Case(SQUARE, (32, 1), 0.1), 4096, _band_plans(32)
+    yield Case(SQUARE, (16, 16), 0.1), 4096, [Plan("gather", 128, 16, 64, 4, 3, 4), *_band_plans(16)]
+    yield Case(SQUARE, (16, 1), 0.1), 4096, _band_plans(16)
+    yield Case(SQUARE, (64, 64), 0.5), 4096, _tile_plans(64, 64)
+    yield Case(SQUARE, (64, 64), 0.1), 64, _tile_plans(64, 64, m=64)
+    yield Case(SQUARE, (64, 64), 0.1, "float32"), 512, _single_plans()
 
 
-def _tile_plans(height: int, width: int, *, wide: bool = False, m: tuple[int, ...] = (128, 256)) -> list[Plan]:
-    o, k, found = min(height, 128), min(width, 64), []
-    for tokens in m:
-        warps = 8 if tokens * o > 128 * 64 else 4
-        for stages in (3, 4):
-            for group in (4, 16) if wide else (4,):
-                found.append(Plan("copy", tokens, o, k, warps, stages, group))
-        found.append(Plan("copy", tokens, o, k, warps, 2, 8))
-        found.append(Plan("gather", tokens, o, max(k, 32), warps, 3, 4))
-        if wide:
-            found += [
-                Plan("copy", tokens, o, k, warps, 5 if tokens < 256 else 3, 1),
-                Plan("copy", tokens, o, k, warps, 3, 4, swapped=True),
-                Plan("gather", tokens, o, k, warps, 4, 4),
-                Plan("copy", tokens, o, k, 8 if warps == 4 else 4, 3, 4),
-            ]
-    return found
-
-
-def _band_plans(height: int, *, wide: bool = False, m: tuple[int, ...] = (128, 256)) -> list[Plan]:
-    o, found = max(16, height), []
-    for tokens in m:
-        warps = 8 if tokens * o > 128 * 64 else 4
-        for k in (32, 64):
-            found += [Plan("gather", tokens, o, k, warps, stages, 4, True) for stages in (3, 4)]
-        if height >= 64:
-            found.append(Plan("gather", tokens, o, 64, warps, 3, 4, True, swapped=True))
-        if wide:
-            found.append(Plan("gather", tokens, o, 64, warps, 3, 16, True))
-            found.append(Plan("gather", tokens, o, 128, warps, 2, 4, True))
-            found.append(Plan("gather", tokens, o, 64, 8 if warps == 4 else 4, 3, 4, True))
-    return found
-
-
-def _few_plans(m: int, first: bool, rows: int = 16) -> list[Plan]:
-    sizes = [(128, 4), (256, 4), (256, 8), (512, 4), (512, 8)] + ([(1024, 8), (128, 2)] if m == 1 else [])
-    found = [Plan("few", m, rows, k, warps, 1, 4, first) for k, warps in sizes]
-    found += [Plan("few", m, 32, k, warps, 1, 4, first) for k, warps in ((128, 4), (256, 8))] if rows == 16 else []
-    found += [Plan("few", m, 8, k, 4, 1, 4, first) for k in (256, 512)] if m == 1 and rows == 16 else []
+def _tile_plans(height: int, width: int, *, wide: bool = False, m: int = 128) -> list[Plan]:
+    o, k = min(height, 128), min(width, 64)
+    warps = 8 if m * o > 128 * 64 else 4
+    base = Plan("copy", m, o, k, warps, 3, 4)
+    found = [base, replace(base, boxed=True), replace(base, early=1), replace(base, boxed=True, early=1)]
+    found += [replace(base, swapped=True, boxed=True), replace(base, stages=2, boxed=True, registers=128)]
+    if m == 128:
+        large = replace(base, m=256, warps=8 if o > 32 else 4)
+        found += [
+            replace(large, boxed=True), replace(large, stages=2, boxed=True, registers=128),
+            replace(large, stages=4, boxed=True), replace(large, warps=4, stages=2, boxed=True),
+        ]  # fmt: skip
+    if wide:
+        found += [
+            replace(base, boxed=True, group=2), replace(base, boxed=True, group=8), replace(base, boxed=True, group=1),
+            replace(base, boxed=True, warps=8), replace(base, boxed=True, swapped=True, early=1),
+            replace(base, boxed=True, registers=128), replace(base, boxed=True, registers=112, stages=2),
+        ]  # fmt: skip
     return list(dict.fromkeys(found))
 
 
-def _single_plans(first: bool) -> list[Plan]:
+def _band_plans(height: int) -> list[Plan]:
+    o = max(16, height)
+    base = Plan("gather", 128, o, 32, 8 if o > 64 else 4, 3, 4, True)
+    found = [
+        base,
+        replace(base, early=1),
+        replace(base, group=2),
+        replace(base, group=8),
+        replace(base, registers=128),
+    ]
+    found += [replace(base, stages=4), replace(base, stages=5), replace(base, k=16, stages=4)]
+    found += [replace(base, m=256, registers=128), replace(base, m=64, group=8)]
+    return found + ([replace(base, swapped=True)] if o >= 64 else [])
+
+
+def _few_plans(m: int, first: bool) -> list[Plan]:
+    if m == 1:
+        sizes = [(8, 512, 4), (16, 256, 4), (16, 512, 4), (16, 512, 8), (8, 256, 2), (8, 256, 4), (8, 1024, 4)]
+    else:
+        sizes = [(16, 256, 4), (16, 512, 4), (16, 128, 2), (16, 256, 2), (16, 512, 2), (16, 128, 1), (32, 256, 4)]
+    base = Plan("few", m, 16, 512, 4, 1, 4, first)
+    found = [replace(base, o=o, k=k, warps=warps) for o, k, warps in sizes]
+    return found + [replace(plan, early=early) for plan in found[:4] for early in (1, 2)]
+
+
+def _single_plans() -> list[Plan]:
     return [
-        Plan("gather", m, o, 16, warps, 3, 4, first)
-        for m, o, warps in ((32, 32, 4), (64, 32, 4), (64, 64, 8), (32, 64, 4))
+        Plan("gather", m, o, k, warps, 3, 4, True)
+        for m, o, k, warps in ((32, 64, 16, 4), (64, 64, 16, 8), (64, 64, 16, 4), (128, 64, 16, 8), (64, 64, 32, 8))
     ]
 
 
@@ -145,8 +149,8 @@ def measure(checked: dict[str, Any], out: Path, seconds: float) -> None:
             f"{case.dtype[:2]} {case.shape[0]}x{case.shape[1]} {case.block[0]}x{case.block[1]} d{case.density} "
             f"t{tokens}: dense {1e3 * reference:.1f} us{extra}" + (f" default {1e3 * usual:.1f}" if usual else "")
         )
-        for ms, name in [*best[:4], *best[-1:]]:
-            short = name.replace("features_first=", "ff=").replace("swapped=", "sw=").replace("program=", "")
+        for ms, name in [*best[:5], *best[-1:]]:
+            short = re.sub(r"[a-z_]+=(0|False)(, )?|program=|features_first=True, ", "", name)
             print(f"   {1e3 * ms:7.1f} us {reference / ms:5.2f}x {short[5:-1]}", flush=True)
         content["jobs"].append(
             {"case": vars(case), "tokens": tokens, "times": found, "errors": {str(p): e for p, e in errors.items()}}
@@ -167,8 +171,39 @@ def _time(case: Case, tokens: int, weight: Any, truth: Any, x: Any, plans: list[
 
         calls[str(plan)] = (call, max(launches, len(stored)) if few else launches)
     if any(plan.features_first for plan in plans):
-        calls["transpose"] = (lambda i: transpose(x, plans[0].m), launches)
+        calls["transpose"] = (lambda i: transpose(x, 128 if tokens > 16 else 16), launches)
+        if tokens > 16:
+            for tile in TILES:
+                calls[f"transpose {tile}"] = (lambda i, tile=tile: transpose(x, 128, tile=tile), launches)
     return times(calls, rounds=4)
+
+
+def _cpu_time(call: Callable[[], Any]) -> float:
+    for _ in range(20):
+        call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(200):
+        call()
+    torch.cuda.synchronize()
+    return 5e3 * (time.perf_counter() - start)
+
+
+def eager() -> None:
+    """Print what a call costs where the CPU launches it: ours and dense."""
+    from hf_sparse.inference.kernels import get_backend
+
+    backend = get_backend("gpu")
+    for block in ((64, 64), (64, 1)):
+        weight = Case((1024, 1024), block, 0.1).weight()
+        matrix, words = dense(weight), []
+        for tokens in (1, 16, 64):
+            x = torch.randn(tokens, 1024, device="cuda").to(matrix.dtype)
+            words += [
+                f"{_cpu_time(partial(backend.run, x, weight, None, None)):.1f}",
+                f"{_cpu_time(partial(torch.nn.functional.linear, x, matrix)):.1f}",
+            ]
+        print(f"eager {block} us per call at 1, 16, 64 tokens, ours dense: {' '.join(words)}", flush=True)
 
 
 if __name__ == "__main__":
@@ -180,4 +215,5 @@ if __name__ == "__main__":
         merged: dict[str, Any] = {}
         for file in sorted(folder.glob("checked-*.json")):
             merged |= json.loads(file.read_text(encoding="utf-8"))
+        eager()
         measure(merged, Path(rest[1]), float(rest[2]))

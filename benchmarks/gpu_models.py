@@ -196,7 +196,7 @@ def _time(run: Callable[[], Tensor], layers: nn.ModuleList, mode: str) -> dict[s
         # Layer by layer: one compilation serves all of them.
         torch.compiler.reset()
         for layer in layers:
-            layer.compile(dynamic=False)
+            layer.compile()
         try:
             run()
             return _replays(record(lambda _: run(), 1))

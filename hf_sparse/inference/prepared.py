@@ -145,7 +145,7 @@ class Prepared:
 
 
 class WithGradient(torch.autograd.Function):
-    """A prepared forward pass; backward by the backend where it can, dense otherwise, without what pruned blocks got."""
+    """A prepared forward pass; backward by the backend where it can, otherwise dense: pruned blocks get nothing."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, ready: Prepared) -> Tensor:

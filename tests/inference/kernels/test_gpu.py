@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hf_sparse import BlockSparseLinear
+from hf_sparse.core.blocks import expand_mask, scale_blocks_, to_blocks
 from hf_sparse.core.packing import FormatError, LayerFormat
 from hf_sparse.inference.kernels import BlockIndex, LayerSpec, backend_status, block_sparse_linear, to_dense
 from hf_sparse.inference.kernels.reference import ACTIVATIONS, activate
@@ -211,7 +213,7 @@ def test_compile_sees_one_op_for_any_number_of_tokens() -> None:
 def test_opcheck() -> None:
     _, state, weight, bias = prepared((16, 16), 0.4, torch.float32)
     side = state.forward
-    args = (torch.randn(3, weight.shape[1]), state.values, side.start, side.column, side.order, bias, "relu", 48)
+    args = (torch.randn(3, weight.shape[1]), state.values, side.table, side.column, bias, "relu", 48)
     torch.library.opcheck(torch.ops.hf_sparse.gpu_linear.default, args)
 
 
@@ -222,3 +224,64 @@ def test_index_of_another_layer_does_not_reach_the_programs() -> None:
     index = BlockIndex(layer, torch.tensor([0]), torch.tensor([1]))
     with pytest.raises(FormatError, match="an index of 1 blocks"):
         to_gpu(torch.zeros(2, 8, 8), index)
+
+
+@pytest.mark.parametrize("block", [(16, 16), (64, 64), (32, 128), (32, 1)], ids=str)
+def test_gradient_of_the_values(block: tuple[int, int]) -> None:
+    backend, state, weight, _ = prepared(block, 0.4, torch.float16)
+    x, grad = torch.randn(70, weight.shape[1]).half(), torch.randn(70, weight.shape[0]).half()
+    found = backend.values_gradient(grad.t().contiguous().t(), x, state)
+    if block == (32, 1):
+        assert found is None
+        return
+    whole = to_blocks(grad.double().t() @ x.double(), block)
+    close(found, whole[state.index.rows, state.index.cols], torch.float16)
+
+
+def test_a_layer_trains_where_its_weight_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_SPARSE_BACKEND", "gpu")
+    mask = torch.rand(4, 3) < 0.6
+    mask[0, 0] = True
+    dense = nn.Linear(48, 64)
+    with torch.no_grad():
+        scale_blocks_(dense.weight, mask, (16, 16))
+    made = BlockSparseLinear.from_dense(dense.weight.detach().clone(), mask, (16, 16), bias=nn.Parameter(dense.bias))
+    made.weight.requires_grad_()
+    made.train()
+    keep = expand_mask(mask, (16, 16))
+    ours, theirs = (torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (made, dense))
+    ready = None
+    for _ in range(3):
+        x = torch.randn(6, 48, requires_grad=True)
+        other = x.detach().clone().requires_grad_()
+        for layer, given, optimizer in ((made, x, ours), (dense, other, theirs)):
+            optimizer.zero_grad()
+            layer(given).square().sum().backward()
+        torch.testing.assert_close(x.grad, other.grad, rtol=1e-4, atol=1e-4)
+        assert dense.weight.grad is not None
+        dense.weight.grad *= keep
+        ours.step()
+        theirs.step()
+        torch.testing.assert_close(made.dense_weight(), dense.weight, rtol=1e-4, atol=1e-4)
+        # What was made ready for the first step serves all of them: the kernels read the weight itself.
+        assert ready in (None, made._prepared) and made._prepared is not None and made._prepared.in_place
+        ready = made._prepared
+
+
+def test_second_derivatives_are_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_SPARSE_BACKEND", "gpu")
+    _, state, weight, _ = prepared((16, 16), 0.4, torch.float32)
+    made = BlockSparseLinear.from_dense(weight.float(), _mask(state), (16, 16)).eval()
+    x = torch.randn(3, weight.shape[1], requires_grad=True)
+    (first,) = torch.autograd.grad(made(x).pow(3).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    y = x.detach().clone().requires_grad_()
+    (right,) = torch.autograd.grad((y @ weight.float().t()).pow(3).sum(), y, create_graph=True)
+    (right,) = torch.autograd.grad(right.sum(), y)
+    torch.testing.assert_close(second, right, rtol=1e-3, atol=1e-2)
+
+
+def _mask(state: Any) -> Tensor:
+    mask = torch.zeros(state.index.layer.grid, dtype=torch.bool)
+    mask[state.index.rows, state.index.cols] = True
+    return mask

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from hf_sparse import BlockSparseLinear
-from hf_sparse.core.blocks import expand_mask, grid_shape
+from hf_sparse.core.blocks import expand_mask, grid_shape, to_blocks
 from hf_sparse.inference.kernels import to_dense
 from hf_sparse.inference.kernels.gpu import GpuBackend
 from hf_sparse.inference.kernels.reference import activate
@@ -56,7 +57,7 @@ def close(found: Tensor, right: Tensor, dtype: torch.dtype) -> None:
     assert float((found.double() - right.double()).abs().max()) <= TOLERANCE[dtype] * scale
 
 
-def layer(block: tuple[int, int], density: float, dtype: torch.dtype) -> tuple[GpuBackend, object, Tensor, Tensor]:
+def layer(block: tuple[int, int], density: float, dtype: torch.dtype) -> tuple[GpuBackend, Any, Tensor, Tensor]:
     values, index = random_layer(SHAPES[block], block, density, seed=0, dtype=torch.float32)
     values, index = values.to("cuda", dtype), type(index)(index.layer, index.rows.cuda(), index.cols.cuda())
     bias = torch.randn(SHAPES[block][0]).to("cuda", dtype)
@@ -187,3 +188,15 @@ def test_results_do_not_change_from_call_to_call() -> None:
             x = torch.randn(tokens, weight.shape[1], device="cuda", dtype=torch.bfloat16)
             first = backend.run(x, state, None, None)
             assert all(torch.equal(backend.run(x, state, None, None), first) for _ in range(5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block", [(16, 16), (64, 64), (32, 128)], ids=str)
+def test_gradient_of_the_values(block: tuple[int, int], dtype: torch.dtype) -> None:
+    backend, state, weight, _ = layer(block, 0.3, dtype)
+    x = torch.randn(300, weight.shape[1], device="cuda").to(dtype)
+    grad = torch.randn(300, weight.shape[0], device="cuda").to(dtype)
+    found = backend.values_gradient(grad, x, state)
+    assert found is not None
+    whole = to_blocks(grad.double().t() @ x.double(), block)
+    close(found, whole[state.index.rows, state.index.cols], dtype)

@@ -150,6 +150,8 @@ def test_unknown_chips_need_a_clear_win(monkeypatch: pytest.MonkeyPatch) -> None
         limits._clear.cache_clear()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, chip=chip: chip)
         densities = [share / 100 for share in range(1, 100)]
-        found[chip] = max(d for d in densities if limits.wins_for_many(spec((4096, 4096), (64, 64), d, torch.bfloat16)))
+        found[chip] = max(
+            d for d in densities if limits.wins_for_many(spec((4096, 4096), (64, 64), d, torch.bfloat16))
+        )
     limits._clear.cache_clear()
     assert found[8, 0] < 0.7 * found[9, 0]

@@ -80,7 +80,7 @@ class GpuBackend:
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) not in (Tensor, torch.nn.Parameter):
             side = state.forward
             return torch.ops.hf_sparse.gpu_linear(
-                x, state.values, side.start, side.column, side.order, bias, activation, side.features
+                x, state.values, side.table, side.column, bias, activation, side.features
             )
         return call(x, state.values, state.forward, bias, activation, state.density, state.launches)
 
@@ -95,7 +95,7 @@ class GpuBackend:
         return call(grad, state.values, state.backward, None, None, state.density, state.launches)
 
     def values_gradient(self, grad: Tensor, x: Tensor, state: GpuWeight) -> Tensor | None:
-        """Compute the gradient of the values [N, h, w], of the kept blocks alone; None for blocks that are no tiles."""
+        """Compute the gradient of the values [N, h, w] and of no others; None for blocks that are no tiles."""
         if not _is_tile(state) or state.values.shape[0] == 0:
             return None
         from hf_sparse.inference.kernels.gpu.gradients import sampled
@@ -162,25 +162,25 @@ def call(
 
 _OPS = torch.library.Library("hf_sparse", "FRAGMENT")
 _OPS.define(
-    "gpu_linear(Tensor x, Tensor values, Tensor start, Tensor column, Tensor order, Tensor? bias, str? activation, "
+    "gpu_linear(Tensor x, Tensor values, Tensor table, Tensor column, Tensor? bias, str? activation, "
     "int in_features) -> Tensor"
 )
 
 
 def _gpu_linear(
-    x: Tensor, values: Tensor, start: Tensor, column: Tensor, order: Tensor, bias: Tensor | None,
-    activation: str | None, in_features: int,
+    x: Tensor, values: Tensor, table: Tensor, column: Tensor, bias: Tensor | None, activation: str | None,
+    in_features: int,
 ) -> Tensor:  # fmt: skip
     height, width = values.shape[1:]
-    side = Side(start, None, column, order, height, width, width, 1, in_features)
-    return call(x, values, side, bias, activation, values.numel() / (order.shape[0] * height * in_features), {})
+    side = Side(table, None, column, height, width, width, 1, in_features)
+    return call(x, values, side, bias, activation, values.numel() / (table.shape[0] * height * in_features), {})
 
 
 def _gpu_linear_fake(
-    x: Tensor, values: Tensor, start: Tensor, column: Tensor, order: Tensor, bias: Tensor | None,
-    activation: str | None, in_features: int,
+    x: Tensor, values: Tensor, table: Tensor, column: Tensor, bias: Tensor | None, activation: str | None,
+    in_features: int,
 ) -> Tensor:  # fmt: skip
-    return x.new_empty(x.shape[0], order.shape[0] * values.shape[1])
+    return x.new_empty(x.shape[0], table.shape[0] * values.shape[1])
 
 
 _OPS.impl("gpu_linear", _gpu_linear, "CUDA")

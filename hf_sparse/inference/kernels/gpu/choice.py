@@ -72,7 +72,7 @@ def shape_key(side: Side, bucket: int, density: float, dtype: torch.dtype) -> st
 
     Example:
         >>> from hf_sparse.inference.kernels.gpu.layout import Side
-        >>> side = Side(torch.zeros(3), None, torch.zeros(4), torch.zeros(2), 64, 64, 64, 1, 256)
+        >>> side = Side(torch.zeros(2, 3), None, torch.zeros(4), 64, 64, 64, 1, 256)
         >>> shape_key(side, 16, 0.11, torch.bfloat16)
         'forward 128x256 blocks 64x64 density 1/8 tokens 16 bfloat16'
     """

@@ -13,8 +13,8 @@ from hf_sparse.inference.kernels.gpu.layout import Side
 from hf_sparse.inference.kernels.gpu.plan import Plan
 
 _PROGRAMS = {"few": programs.few_program, "gather": programs.gather_program, "copy": programs.copy_program}
-# Tile of the transposition.
-_TILE_M, _TILE_K = 64, 64
+# Tokens, features and warps of a program that transposes.
+_TILE = (64, 64, 4)
 
 
 def multiply(
@@ -38,22 +38,25 @@ def multiply(
     tokens = x.shape[0]
     y = x.new_empty(tokens, side.bands * side.height)
     if plan.features_first and not (x.stride(0) == 1 and tokens % plan.m == 0 and x.stride(1) % 16 == 0):
-        x = transpose(x, plan.m).t()
+        x = transpose(x, plan.m, plan.early).t()
     listed = side.block is not None
     shared = (
-        side.start, side.start if side.block is None else side.block, side.column, side.order,
+        side.table, side.column if side.block is None else side.block, side.column,
         values if bias is None else bias, y, tokens, side.bands,
     )  # fmt: skip
     sizes = {"HEIGHT": side.height, "WIDTH": side.width, "M": plan.m, "O": plan.o, "K": plan.k}
-    last = {"HAS_BIAS": bias is not None, "ACTIVATION": activation, "PRECISION": precision(x.dtype)}
+    last = {
+        "HAS_BIAS": bias is not None, "ACTIVATION": activation, "PRECISION": precision(x.dtype), "EARLY": plan.early,
+    }  # fmt: skip
     grid = (-(-tokens // plan.m) if plan.m > 1 else 1) * side.bands * -(-side.height // plan.o)
     args: tuple[Any, ...]
     constants: dict[str, Any]
     if plan.program == "copy":
         flat = values.view(-1, values.shape[2])
-        boxes = (_box(x, plan.m, plan.k), _box(flat, plan.k, plan.o) if listed else _box(flat, plan.o, plan.k))
-        args = (*boxes, *shared, y.stride(0))
-        constants = {**sizes, "GROUP": plan.group, "SWAPPED": plan.swapped, "LISTED": listed, **last}
+        of_values = _box(flat, plan.k, plan.o) if listed else _box(flat, plan.o, plan.k)
+        args = (_box(x, plan.m, plan.k), of_values, _box(y, plan.m, plan.o), *shared, y.stride(0))
+        ways = {"GROUP": plan.group, "SWAPPED": plan.swapped, "LISTED": listed, "BOXED": plan.boxed}
+        constants = {**sizes, **ways, **last}
     else:
         args = (x, values, *shared, x.stride(0), x.stride(1), y.stride(0))
         constants = {**sizes, **last}
@@ -62,9 +65,19 @@ def multiply(
             ways = {"FEATURES_FIRST": plan.features_first, "SWAPPED": plan.swapped, "LISTED": listed}
             constants = {**sizes, **strides, **ways, **last}
     # What Triton compiles anew for. Finding out takes it longer than a product of few tokens, so programs are kept.
-    alike = (plan, side.stride_inner, *last.values(), x.stride(), (x.data_ptr() | shared[4].data_ptr()) % 16)
+    alike = (plan, side.stride_inner, *last.values(), x.stride(), (x.data_ptr() | shared[3].data_ptr()) % 16)
     _start(_PROGRAMS[plan.program], grid, args, constants, plan, alike, compiled)
     return y
+
+
+def options(plan: Plan) -> dict[str, Any]:
+    """Give what Triton calls the options of a launch."""
+    found: dict[str, Any] = {"num_warps": plan.warps, "num_stages": plan.stages}
+    if plan.registers:
+        found["maxnreg"] = plan.registers
+    if plan.early:
+        found["launch_pdl"] = True
+    return found
 
 
 def _box(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -79,21 +92,29 @@ def _start(
     if kept is not None:
         kept[(grid, 1, 1)](*args, *constants.values())
         return
-    made = program[(grid,)](*args, **constants, num_warps=plan.warps, num_stages=plan.stages)
+    made = program[(grid,)](*args, **constants, **options(plan))
     # The interpreter gives nothing to keep.
     if compiled is not None and made is not None:
         compiled[alike] = made
 
 
-def transpose(x: Tensor, multiple: int) -> Tensor:
-    """Lay x [M, I] out as [I, M rounded up to a multiple]; what is beyond M is zero."""
+def transpose(x: Tensor, multiple: int, early: int = 0, tile: tuple[int, int, int] = _TILE) -> Tensor:
+    """Lay x [M, I] out as [I, M rounded up to a multiple]; what is beyond M is zero.
+
+    Args:
+        x: any strides.
+        multiple: a power of two.
+        early: see `Plan`.
+        tile: tokens, features and warps of a program.
+    """
     tokens, features = x.shape
     y = x.new_empty(features, -(-tokens // multiple) * multiple)
-    m, k = min(_TILE_M, multiple), _TILE_K
+    m, k, warps = min(tile[0], multiple), tile[1], tile[2]
     grid = (-(-y.shape[1] // m) * -(-features // k),)
     programs.transpose_program[grid](
-        x, y, tokens, features, x.stride(0), x.stride(1), y.stride(0), M=m, K=k, num_warps=4
-    )
+        x, y, tokens, features, x.stride(0), x.stride(1), y.stride(0), M=m, K=k, EARLY=early, num_warps=warps,
+        **({"launch_pdl": True} if early else {}),
+    )  # fmt: skip
     return y
 
 

@@ -27,20 +27,19 @@ class Side:
     """The blocks of a weight, band by band, in one direction.
 
     Attributes:
-        start: [bands + 1] int32; band b has the entries start[b] to start[b + 1] of the next two.
+        table: [bands, 3] int32, a line for each band: its number, its first entry in the next two, and how many it has
+            there. Longest first, so that a wave of programs ends together.
         block: [N] int32, number of each block in `values`; None where it is the entry's own number.
         column: [N] int32, the block's place in the direction that is summed over, in blocks.
-        order: [bands] int32, the bands, longest first: a wave of programs ends together.
         height: rows of a band.
         width: what a block adds to the sum.
         stride_row, stride_inner: elements of `values` between neighbours along height and along width.
         features: of x, whose products are summed.
     """
 
-    start: Tensor
+    table: Tensor
     block: Tensor | None
     column: Tensor
-    order: Tensor
     height: int
     width: int
     stride_row: int
@@ -50,7 +49,7 @@ class Side:
     @property
     def bands(self) -> int:
         """Number of bands."""
-        return self.order.numel()
+        return self.table.shape[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,25 +109,24 @@ def forward_side(index: BlockIndex) -> Side:
         >>> from hf_sparse.core.packing import LayerFormat
         >>> layer = LayerFormat(block_shape=(8, 4), kept=3, dense_shape=(24, 8))
         >>> side = forward_side(BlockIndex(layer, torch.tensor([0, 2, 2]), torch.tensor([1, 0, 1])))
-        >>> side.start.tolist(), side.column.tolist(), side.order.tolist()
-        ([0, 1, 1, 3], [1, 0, 1], [2, 0, 1])
+        >>> side.table.tolist(), side.column.tolist()
+        ([[2, 1, 2], [0, 0, 1], [1, 1, 0]], [1, 0, 1])
     """
     (height, width), bands = index.layer.block_shape, index.layer.grid[0]
-    start, order = _bands(index.rows, bands)
-    return Side(start, None, index.cols.int(), order, height, width, width, 1, index.layer.dense_shape[1])
+    table = _table(index.rows, bands)
+    return Side(table, None, index.cols.int(), height, width, width, 1, index.layer.dense_shape[1])
 
 
 def backward_side(index: BlockIndex) -> Side:
     """List the blocks of every band of input columns."""
     (height, width), bands = index.layer.block_shape, index.layer.grid[1]
     block = torch.argsort(index.cols, stable=True)
-    start, order = _bands(index.cols, bands)
-    rows = index.rows[block].int()
-    return Side(start, block.int(), rows, order, width, height, 1, width, index.layer.dense_shape[0])
+    table, rows = _table(index.cols, bands), index.rows[block].int()
+    return Side(table, block.int(), rows, width, height, 1, width, index.layer.dense_shape[0])
 
 
-def _bands(of_block: Tensor, bands: int) -> tuple[Tensor, Tensor]:
+def _table(of_block: Tensor, bands: int) -> Tensor:
     counts = torch.bincount(of_block, minlength=bands)
-    start = torch.zeros(bands + 1, dtype=torch.int32, device=of_block.device)
-    start[1:] = counts.cumsum(0)
-    return start, torch.argsort(counts, descending=True, stable=True).int()
+    order = torch.argsort(counts, descending=True, stable=True)
+    first = counts.cumsum(0) - counts
+    return torch.stack([order, first[order], counts[order]], 1).int()

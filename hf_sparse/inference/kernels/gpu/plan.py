@@ -32,6 +32,9 @@ class Plan:
         group: tiles of tokens that run side by side.
         features_first: whether x is transposed before.
         swapped: whether the tile of y is computed transposed.
+        boxed: whether the copy engine writes y, too.
+        registers: of a thread at most; 0 leaves it to the compiler.
+        early: whether a program may begin before the one before it has ended: 1 reads the index ahead.
     """
 
     program: str
@@ -43,6 +46,9 @@ class Plan:
     group: int = 4
     features_first: bool = False
     swapped: bool = False
+    boxed: bool = False
+    registers: int = 0
+    early: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Give its fields, for a file."""

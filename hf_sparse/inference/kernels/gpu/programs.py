@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -31,7 +32,7 @@ def _activate(y, activation: tl.constexpr):
 
 
 @triton.jit
-def _tile(program, tokens, bands, order_ptr, M: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr):
+def _tile(program, tokens, bands, table_ptr, M: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr):
     # Programs that run at the same time share the rows of x of a few tiles of tokens, which then stay in the cache.
     tiles = tl.cdiv(tokens, M)
     in_group = GROUP * bands * PARTS
@@ -40,7 +41,8 @@ def _tile(program, tokens, bands, order_ptr, M: tl.constexpr, PARTS: tl.constexp
     place = program % in_group
     m = first + place % size
     n = place // size
-    return m, tl.load(order_ptr + n // PARTS), n % PARTS
+    line = table_ptr + n // PARTS * 3
+    return m, tl.load(line), n % PARTS, tl.load(line + 1), tl.load(line + 2)
 
 
 @triton.jit
@@ -69,12 +71,12 @@ def _column(column_ptr, start, i, count, step, WIDTH: tl.constexpr, K: tl.conste
 
 @triton.jit(do_not_specialize=["tokens", "bands"])
 def gather_program(
-    x_ptr, values_ptr, start_ptr, block_ptr, column_ptr, order_ptr, bias_ptr, y_ptr,
+    x_ptr, values_ptr, table_ptr, block_ptr, column_ptr, bias_ptr, y_ptr,
     tokens, bands, stride_xm, stride_xk, stride_y,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, O: tl.constexpr, K: tl.constexpr,
     STRIDE_ROW: tl.constexpr, STRIDE_INNER: tl.constexpr, GROUP: tl.constexpr, FEATURES_FIRST: tl.constexpr,
     SWAPPED: tl.constexpr, LISTED: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Multiply many tokens with pointers to every element, for any block shape and either order of x.
 
@@ -82,9 +84,7 @@ def gather_program(
     SWAPPED computes the tile of y transposed, which puts the rows of the weight on the long side of a matrix product.
     """
     parts: tl.constexpr = (HEIGHT + O - 1) // O
-    m, band, part = _tile(tl.program_id(0), tokens, bands, order_ptr, M, parts, GROUP)
-    start = tl.load(start_ptr + band)
-    count = tl.load(start_ptr + band + 1) - start
+    m, band, part, start, count = _tile(tl.program_id(0), tokens, bands, table_ptr, M, parts, GROUP)
     rows = m * M + tl.arange(0, M)
     row = part * O + tl.arange(0, O)
     inside = row < HEIGHT
@@ -103,6 +103,9 @@ def gather_program(
     else:
         steps = tl.cdiv(count * WIDTH, K)
     following = _column(column_ptr, start, 0, count, step, WIDTH, K)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     for i in tl.range(0, steps):
         column = following
         following = _column(column_ptr, start, i + 1, count, step, WIDTH, K)
@@ -156,25 +159,26 @@ def gather_program(
 
 @triton.jit(do_not_specialize=["tokens", "bands"])
 def copy_program(
-    x_desc, values_desc, start_ptr, block_ptr, column_ptr, order_ptr, bias_ptr, y_ptr, tokens, bands, stride_y,
+    x_desc, values_desc, y_desc, table_ptr, block_ptr, column_ptr, bias_ptr, y_ptr, tokens, bands, stride_y,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, O: tl.constexpr, K: tl.constexpr,
-    GROUP: tl.constexpr, SWAPPED: tl.constexpr, LISTED: tl.constexpr, HAS_BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, SWAPPED: tl.constexpr, LISTED: tl.constexpr, BOXED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Multiply many tokens by blocks that the copy engine brings: x [tokens, I] in boxes of [M, K], weights of [O, K].
 
     WIDTH is a multiple of K, and HEIGHT one of O. LISTED is the backward direction: weights come in boxes of [K, O].
     """
     parts: tl.constexpr = HEIGHT // O
-    m, band, part = _tile(tl.program_id(0), tokens, bands, order_ptr, M, parts, GROUP)
-    start = tl.load(start_ptr + band)
-    count = tl.load(start_ptr + band + 1) - start
+    m, band, part, start, count = _tile(tl.program_id(0), tokens, bands, table_ptr, M, parts, GROUP)
     if SWAPPED:
         acc = tl.zeros((O, M), dtype=tl.float32)
     else:
         acc = tl.zeros((M, O), dtype=tl.float32)
     split: tl.constexpr = WIDTH // K
     following = tl.load(column_ptr + start, mask=count > 0, other=0) * WIDTH
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     for i in tl.range(0, count * split):
         column = following
         ahead = i + 1
@@ -195,39 +199,65 @@ def copy_program(
         acc = tl.trans(acc)
     rows = m * M + tl.arange(0, M)
     row = part * O + tl.arange(0, O)
-    _store(acc, y_ptr, bias_ptr, m, row, rows, tokens, band, stride_y, HEIGHT, HAS_BIAS, ACTIVATION)
+    if BOXED:
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + band * HEIGHT + row).to(tl.float32)[None, :]
+        y_desc.store([m * M, band * HEIGHT + part * O], _activate(acc, ACTIVATION).to(y_ptr.dtype.element_ty))
+    else:
+        _store(acc, y_ptr, bias_ptr, m, row, rows, tokens, band, stride_y, HEIGHT, HAS_BIAS, ACTIVATION)
+
+
+@triton.jit
+def _weights(base, i, row, step, length, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr):
+    # The weights [O, K] of chunk i of a band; zero past its end and below its last row.
+    at = i * K + step
+    place = (at // WIDTH).to(tl.int64) * (HEIGHT * WIDTH) + at % WIDTH
+    live = (at < length)[None, :] & (row < HEIGHT)[:, None]
+    return tl.load(base + place[None, :] + row[:, None] * WIDTH, mask=live, other=0.0)
+
+
+@triton.jit
+def _features(column_ptr, i, step, length, WIDTH: tl.constexpr, K: tl.constexpr):
+    # The columns of x of chunk i of a band.
+    at = i * K + step
+    return tl.load(column_ptr + at // WIDTH, mask=at < length, other=0) * WIDTH + at % WIDTH
 
 
 @triton.jit(do_not_specialize=["tokens", "bands"])
 def few_program(
-    x_ptr, values_ptr, start_ptr, block_ptr, column_ptr, order_ptr, bias_ptr, y_ptr,
+    x_ptr, values_ptr, table_ptr, block_ptr, column_ptr, bias_ptr, y_ptr,
     tokens, bands, stride_xm, stride_xk, stride_y,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, O: tl.constexpr, K: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Multiply a few tokens, M = 1 or 16 at most: read every weight once, with many reads on their way."""
     parts: tl.constexpr = (HEIGHT + O - 1) // O
     program = tl.program_id(0)
-    band = tl.load(order_ptr + program // parts)
+    line = table_ptr + program // parts * 3
+    band, start, count = tl.load(line), tl.load(line + 1), tl.load(line + 2)
+    length = count * WIDTH
     row = program % parts * O + tl.arange(0, O)
-    start = tl.load(start_ptr + band)
-    length = (tl.load(start_ptr + band + 1) - start) * WIDTH
-    inside = row < HEIGHT
     step = tl.arange(0, K)
     token = tl.arange(0, M)
     base = values_ptr + start.to(tl.int64) * (HEIGHT * WIDTH)
+    columns = column_ptr + start
+    if EARLY > 0:
+        gdc_launch_dependents()
+    next_column = _features(columns, 0, step, length, WIDTH, K)
+    if EARLY == 1:
+        gdc_wait()
+    next_w = _weights(base, 0, row, step, length, HEIGHT, WIDTH, K)
+    if EARLY == 2:
+        gdc_wait()
     if M == 1:
         acc = tl.zeros((O, K), dtype=tl.float32)
     else:
         acc = tl.zeros((O, M), dtype=tl.float32)
-    for k in tl.range(0, length, K):
-        at = k + step
-        live = at < length
-        block = at // WIDTH
-        inner = at % WIDTH
-        place = block.to(tl.int64) * (HEIGHT * WIDTH) + inner
-        w = tl.load(base + place[None, :] + row[:, None] * WIDTH, mask=live[None, :] & inside[:, None], other=0.0)
-        column = tl.load(column_ptr + start + block, mask=live, other=0) * WIDTH + inner
+    for i in tl.range(0, tl.cdiv(length, K)):
+        w, column = next_w, next_column
+        next_column = _features(columns, i + 1, step, length, WIDTH, K)
+        next_w = _weights(base, i + 1, row, step, length, HEIGHT, WIDTH, K)
+        live = i * K + step < length
         if M == 1:
             x = tl.load(x_ptr + column * stride_xk, mask=live, other=0.0)
             acc += w.to(tl.float32) * x.to(tl.float32)[None, :]
@@ -244,13 +274,17 @@ def few_program(
 
 @triton.jit(do_not_specialize=["tokens"])
 def transpose_program(
-    x_ptr, y_ptr, tokens, features, stride_xm, stride_xk, stride_y, M: tl.constexpr, K: tl.constexpr
-):
+    x_ptr, y_ptr, tokens, features, stride_xm, stride_xk, stride_y, M: tl.constexpr, K: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
     """Lay x [tokens, I] out as [I, stride_y]: the features first."""
     tiles = tl.cdiv(features, K)
     rows = (tl.program_id(0) // tiles) * M + tl.arange(0, M)
     columns = (tl.program_id(0) % tiles) * K + tl.arange(0, K)
     inside = (rows < tokens)[:, None] & (columns < features)[None, :]
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * stride_xm + columns[None, :] * stride_xk, mask=inside, other=0.0)
     place = y_ptr + columns.to(tl.int64)[:, None] * stride_y + rows[None, :]
     tl.store(place, tl.trans(x), mask=(columns < features)[:, None] & (rows < stride_y)[None, :])
