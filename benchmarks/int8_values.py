@@ -2,7 +2,7 @@
 
 The kept values of every compressed layer are rounded to float32 (as they are), bfloat16, and int8 with one float32
 scale per output row (symmetric, the largest |value| of the row is 127); everything else stays float32, or becomes
-bfloat16 with the values. Perplexity is measured on the same blocks of text for each.
+bfloat16. What is int8 is computed in the dtype of all else. Perplexity is measured on the same text for each.
 
 Usage: python benchmarks/int8_values.py MODEL --text FILE [--block_size 128] [--blocks 400] [--out FILE]
 """
@@ -30,7 +30,7 @@ from hf_sparse.inference.compress import compressed_layers  # noqa: E402
 from hf_sparse.inference.environment import environment  # noqa: E402
 from hf_sparse.inference.linear import BlockSparseLinear  # noqa: E402
 
-STORAGES = ("float32", "bfloat16", "int8")
+STORAGES = ("float32", "bfloat16", "int8", "int8, all else bfloat16")
 
 
 def round_int8(layer: BlockSparseLinear) -> Tensor:
@@ -86,16 +86,14 @@ def measure(folder: str, storage: str, blocks: Tensor) -> dict[str, Any]:
     values = sum(layer.weight.numel() for layer in layers.values())
     masks = sum(layer.weight_block_mask.numel() for layer in layers.values())
     others = weights.bytes - 4 * values - masks
-    if storage == "bfloat16":
-        model = model.to(torch.bfloat16)
-        stored, others = 2 * values, others // 2
-    elif storage == "int8":
+    stored = (2 if storage == "bfloat16" else 4) * values
+    if storage.startswith("int8"):
         with torch.no_grad():
             for layer in layers.values():
                 layer.weight.copy_(round_int8(layer))
         stored = values + sum(4 * layer.out_features for layer in layers.values())
-    else:
-        stored = 4 * values
+    if storage.endswith("bfloat16"):
+        model, others = model.to(torch.bfloat16), others // 2
     return {
         "storage": storage, "sparsity": round(weights.sparsity, 4), "values": values, "layer_bytes": stored + masks,
         "model_bytes": stored + masks + others, "perplexity": perplexity(model, blocks), "tokens": blocks.numel(),
@@ -116,7 +114,7 @@ def main(arguments: list[str]) -> None:
     rows = [measure(given.model, storage, blocks) for storage in STORAGES]
     for row in rows:
         print(
-            f"{row['storage']:<9} {row['layer_bytes']:>12,} {row['model_bytes']:>12,} bytes  {row['perplexity']:.3f}"
+            f"{row['storage']:<25} {row['layer_bytes']:>12,} {row['model_bytes']:>12,} bytes  {row['perplexity']:.3f}"
         )
     shown = ["python", "benchmarks/int8_values.py", "MODEL", "--text", given.text.name]
     results = {"command": shlex.join(shown), **environment(REPOSITORY), "rows": rows}

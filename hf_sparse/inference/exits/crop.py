@@ -1,16 +1,13 @@
 """Cropping: what pruning left dead in a model is taken out of it for good, so that any engine gains.
 
-A unit of a feed-forward part is dead where nothing reaches it (its row is zero, so it gives the constant act(bias)) or
-nobody reads it (its column in the next linear is zero). A head is dead where its values do not depend on the input
-(their rows are zero; attention weights sum to one, so it gives its bias) or nobody reads it. Constants that were read
-are folded into the next bias, so that the outputs stay what they were.
+Constants that dead units and heads still gave are folded into the next bias, so that the outputs stay what they were.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,33 +15,21 @@ from torch import Tensor, nn
 
 from hf_sparse.core.targets import is_conv1d, is_linear, weight_view
 from hf_sparse.inference.compress import compressed_layers, decompress
-from hf_sparse.inference.exits.structure import CropError, CroppableLayer, croppable_layers
+from hf_sparse.inference.exits.dead import Dead, dead_heads, dead_units
+from hf_sparse.inference.exits.structure import CropError, CroppableLayer, Heads, croppable_layers
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, eq=False)
-class Dead:
-    """What is dead in a row of parallel parts, units or heads.
-
-    Attributes:
-        mask: [parts] bool, True = dead.
-        bias: [parts, O] float64, what each dead part gives to the next linear, whatever the input.
-    """
-
-    mask: Tensor
-    bias: Tensor
-
-
 def crop(model: Any, multiple: int = 1, uneven: bool = False) -> Any:
-    """Remove dead units, and dead heads if asked, for good. Exact in evaluation mode up to the order of sums.
+    """Remove dead units and heads for good. Exact in evaluation mode up to the order of sums.
 
     Args:
         model: a model of transformers, compressed or dense; changed in place, and dense afterwards.
         multiple: the number of units that are left is a multiple of this, as some engines like it; a few dead ones
             stay for it.
-        uneven: False leaves all layers as large as the largest needs to be, which a plain config can say, so that the
-            model saves and loads anywhere. True cuts each layer as far as it goes, and heads as well: no config of
+        uneven: False leaves all layers as large as the largest needs to be, and heads where the config has no number
+            for them, so that the model saves and loads anywhere. True cuts each layer as far as it goes: no config of
             transformers describes that, so that such a model is for exporting (`hf_sparse.export`) and refuses
             `save_pretrained`.
 
@@ -71,21 +56,28 @@ def crop(model: Any, multiple: int = 1, uneven: bool = False) -> Any:
     _check_config(model, layers, sizes)
     if compressed_layers(model):
         decompress(model)
-    dead = {layer.name: _dead_units(layer) for layer in layers}
+    dead = {layer.name: dead_units(layer) for layer in layers}
     live = {name: _round_up(int((~found.mask).sum()), multiple, sizes[name]) for name, found in dead.items()}
     largest: dict[str, int] = defaultdict(int)
     for layer in layers:
         field = layer.feed_forward.size
         largest[field] = max(largest[field], live[layer.name])
+    changes = {layer.feed_forward.size: (sizes[layer.name], largest[layer.feed_forward.size]) for layer in layers}
     for layer in layers:
         size = live[layer.name] if uneven else largest[layer.feed_forward.size]
         _remove_units(layer, dead[layer.name], sizes[layer.name] - size)
-    heads = sum(_remove_heads(layer) for layer in layers) if uneven else 0
-    before, after = sum(sizes.values()), sum(map(_units, layers))
+    headed = {layer: found for layer in layers if (found := dead_heads(layer)) is not None}
+    counts = {layer: min(int(found.mask.sum()), len(found.mask) - 1) for layer, found in headed.items()}
+    if not uneven:
+        counts, fields = _even_heads(model, headed, counts)
+        changes |= fields
+    for layer, count in counts.items():
+        _remove_heads(layer, headed[layer], count)
     if uneven:
         model.save_pretrained = _refuse_to_save
     else:
-        _write_config(model, {f: (sizes[x.name], largest[f]) for x in layers for f in [x.feed_forward.size]})
+        _write_config(model, changes)
+    before, after, heads = sum(sizes.values()), sum(map(_units, layers)), sum(counts.values())
     if before == after and not heads:
         logger.warning("crop: nothing to remove in %d layers, the model stays as large as it was.", len(layers))
     else:
@@ -100,54 +92,39 @@ def _refuse_to_save(*_: Any, **__: Any) -> None:
     )
 
 
-# What is dead
-
-
-def _dead_units(layer: CroppableLayer) -> Dead:
-    form = layer.feed_forward
-    up, down = layer.get(form.up), layer.get(form.down)
-    activation = layer.get(form.activation)
-    unread = (weight_view(down).detach() == 0).all(dim=0)
-    zero, bias = _row_bias(up)
-    if form.gate is None:
-        known, constant = zero, activation(bias)
-    else:
-        gate_zero, gate_bias = _row_bias(layer.get(form.gate))
-        gate = activation(gate_bias)
-        # A product is constant where both sides are, or where one of them is zero.
-        known = (zero & gate_zero) | (zero & (bias == 0)) | (gate_zero & (gate == 0))
-        constant = torch.where(zero & gate_zero, bias * gate, 0.0)
-    constant = torch.where(known & ~unread, constant, 0.0).double()
-    given = weight_view(down).detach().double().t() * constant[:, None]
-    return _foldable(Dead(unread | known, given), down)
-
-
-def _dead_heads(layer: CroppableLayer) -> Dead | None:
-    if layer.heads is None:
-        return None
-    value, output = layer.get(layer.heads.value), layer.get(layer.heads.output)
-    size = int(layer.get(layer.heads.attention).attention_head_size)
-    zero, bias = _row_bias(value)
-    read = weight_view(output).detach().double().t()  # [H * size, O]
-    given = (read * bias.double()[:, None]).unflatten(0, (-1, size)).sum(1)
-    unread = (read == 0).all(dim=1).unflatten(0, (-1, size)).all(dim=1)
-    constant = zero.unflatten(0, (-1, size)).all(dim=1)
-    return _foldable(Dead(unread | constant, torch.where((constant & ~unread)[:, None], given, 0.0)), output)
-
-
-def _foldable(dead: Dead, linear: Any) -> Dead:
-    # Without a bias to take it up, only what gives nothing can go.
-    return dead if linear.bias is not None else Dead(dead.mask & (dead.bias == 0).all(dim=1), dead.bias)
-
-
-def _row_bias(linear: Any) -> tuple[Tensor, Tensor]:
-    """[O] bool, whether a row is zero, and [O] float32, the bias."""
-    weight = weight_view(linear).detach()
-    bias = weight.new_zeros(weight.shape[0]) if linear.bias is None else linear.bias.detach()
-    return (weight == 0).all(dim=1), bias.float()
-
-
 # What is removed
+
+
+def _even_heads(
+    model: Any, dead: dict[CroppableLayer, Dead], counts: dict[CroppableLayer, int]
+) -> tuple[dict[CroppableLayer, int], dict[str, tuple[int, int]]]:
+    """Tell how many heads can go from every layer alike, and the fields of the config that say so with (old, new)."""
+    kinds = {layer.heads for layer in dead}
+    heads = kinds.pop() if len(kinds) == 1 else None
+    groups = {len(found.mask) for found in dead.values()}
+    layer = next(iter(dead), None)
+    if layer is None or heads is None or not heads.fields or len(groups) > 1:
+        return {}, {}
+    size = getattr(layer.get(heads.attention), heads.size)
+    total, wanted = groups.pop(), min(counts.values())
+    share = weight_view(layer.get(heads.query)).shape[0] // size // total
+    told = [getattr(model.config, field, None) for field in heads.fields]
+    if told != [share * total, total] or getattr(model.config, heads.size, None) != size:
+        return {}, {}
+    # Some configs want numbers of heads that divide the hidden size.
+    while wanted and not _allowed(model.config, heads, (share * (total - wanted), total - wanted)):
+        wanted -= 1
+    fields = {f: (old, old * (total - wanted) // total) for f, old in zip(heads.fields, told, strict=True)}
+    return dict.fromkeys(counts, wanted), fields if wanted else {}
+
+
+def _allowed(config: Any, heads: Heads, numbers: Sequence[int]) -> bool:
+    try:
+        type(config).from_dict({**config.to_dict(), **dict(zip(heads.fields, numbers, strict=True))})
+    # Configs refuse what does not fit with errors of several kinds.
+    except Exception:  # noqa: BLE001
+        return False
+    return True
 
 
 def _remove_units(layer: CroppableLayer, dead: Dead, count: int) -> None:
@@ -158,23 +135,27 @@ def _remove_units(layer: CroppableLayer, dead: Dead, count: int) -> None:
     _keep(layer.get(form.down), cols=kept)
 
 
-def _remove_heads(layer: CroppableLayer) -> int:
-    dead = _dead_heads(layer)
-    if dead is None or layer.heads is None:
-        return 0
-    # A layer without heads is none of any class.
-    count = min(int(dead.mask.sum()), len(dead.mask) - 1)
-    kept = _without(dead, count, layer.get(layer.heads.output))
-    attention = layer.get(layer.heads.attention)
-    size = attention.attention_head_size
-    rows = (kept[:, None] * size + torch.arange(size, device=kept.device)).flatten()
-    for name in (layer.heads.query, layer.heads.key, layer.heads.value):
-        _keep(layer.get(name), rows=rows)
-    _keep(layer.get(layer.heads.output), cols=rows)
-    for field, number in zip(layer.heads.counts, (len(kept), len(rows)), strict=True):
+def _remove_heads(layer: CroppableLayer, dead: Dead, count: int) -> None:
+    heads = layer.heads
+    if not count or heads is None:
+        return
+    kept = _without(dead, count, layer.get(heads.output))
+    attention = layer.get(heads.attention)
+    size = getattr(attention, heads.size)
+    share = weight_view(layer.get(heads.query)).shape[0] // size // len(dead.mask)
+    shared, own = _features(kept, size), _features(kept, share * size)
+    _keep(layer.get(heads.query), rows=own)
+    for name in (heads.key, heads.value):
+        _keep(layer.get(name), rows=shared)
+    _keep(layer.get(heads.output), cols=own)
+    for field, number in zip(heads.counts, (share * len(kept), len(own)), strict=True):
         if field is not None:
             setattr(attention, field, number)
-    return count
+
+
+def _features(parts: Tensor, size: int) -> Tensor:
+    """Number the features of parts that are `size` wide: [parts * size] int64."""
+    return (parts[:, None] * size + torch.arange(size, device=parts.device)).flatten()
 
 
 def _without(dead: Dead, count: int, following: Any) -> Tensor:

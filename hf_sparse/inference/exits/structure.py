@@ -42,10 +42,15 @@ class FeedForward:
 class Heads:
     """Attention whose code tells the number of heads from the sizes of its linears.
 
+    Heads that share keys and values stay together: what can go is a group of them, one head of keys and values.
+
     Attributes:
         query, key, value, output: the linears, by name inside the layer.
-        attention: the module that knows `attention_head_size`.
+        attention: the module that knows the size of a head.
+        size: its attribute that does.
         counts: its attributes that hold the number of heads, and that times their size, for whoever reads them.
+        fields: fields of the config for the number of query heads and of groups, where it also has one for the size of
+            a head; empty where the config cannot say that there are fewer heads.
     """
 
     query: str
@@ -53,18 +58,28 @@ class Heads:
     value: str
     output: str
     attention: str
-    counts: tuple[str, str | None]
+    size: str = "attention_head_size"
+    counts: tuple[str | None, str | None] = (None, None)
+    fields: tuple[str, ...] = ()
 
 
 _BERT = FeedForward("intermediate_size", "intermediate.dense", "output.dense", "intermediate.intermediate_act_fn")
 _GATED = FeedForward("intermediate_size", "mlp.up_proj", "mlp.down_proj", "mlp.act_fn", "mlp.gate_proj")
 _BERT_HEADS = Heads(
     "attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
-    "attention.self", ("num_attention_heads", "all_head_size"),
+    "attention.self", counts=("num_attention_heads", "all_head_size"),
 )  # fmt: skip
 _DISTILBERT_HEADS = Heads(
-    "attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin", "attention", ("n_heads", None)
+    "attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin", "attention", counts=("n_heads", None)
 )
+_GROUPED_HEADS = Heads(
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "self_attn", "head_dim",
+    fields=("num_attention_heads", "num_key_value_heads"),
+)  # fmt: skip
+_GATED_LAYERS = (
+    "LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "Gemma2DecoderLayer",
+    "Gemma3DecoderLayer",
+)  # fmt: skip
 
 
 def _t5(block: int) -> tuple[FeedForward, ...]:
@@ -85,11 +100,7 @@ FEED_FORWARD: dict[str, tuple[FeedForward, ...]] = {
     "ViTLayer": (FeedForward("intermediate_size", "mlp.fc1", "mlp.fc2", "mlp.activation_fn"), _BERT),
     "TransformerBlock": (FeedForward("hidden_dim", "ffn.lin1", "ffn.lin2", "ffn.activation"),),
     "GPT2Block": (FeedForward("n_inner", "mlp.c_fc", "mlp.c_proj", "mlp.act"),),
-    **dict.fromkeys(
-        ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "Gemma2DecoderLayer",
-         "Gemma3DecoderLayer"),
-        (_GATED,),
-    ),
+    **dict.fromkeys(_GATED_LAYERS, (_GATED,)),
     "T5Block": (*_t5(1), *_t5(2)),
     **dict.fromkeys(
         ("BartEncoderLayer", "WhisperEncoderLayer"), (FeedForward("encoder_ffn_dim", "fc1", "fc2", "activation_fn"),)
@@ -102,6 +113,7 @@ FEED_FORWARD: dict[str, tuple[FeedForward, ...]] = {
 HEADS: dict[str, Heads] = {
     **dict.fromkeys(("BertLayer", "RobertaLayer", "XLMRobertaLayer", "CamembertLayer", "ElectraLayer"), _BERT_HEADS),
     "TransformerBlock": _DISTILBERT_HEADS,
+    **dict.fromkeys(_GATED_LAYERS, _GROUPED_HEADS),
 }
 
 

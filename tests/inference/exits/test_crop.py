@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hf_sparse import compress, crop
 from hf_sparse.core.targets import weight_view
+from hf_sparse.inference.compress import compressed_layers
 from hf_sparse.inference.exits.structure import CropError, croppable_layers
 from tests.inference import models
 
@@ -69,7 +70,8 @@ def kill(model: Any, heads: bool = True) -> None:
 
 
 def units(model: Any) -> list[int]:
-    return [weight_view(layer.get(layer.feed_forward.up)).shape[0] for layer in croppable_layers(model)]
+    linears = [layer.get(layer.feed_forward.up) for layer in croppable_layers(model)]
+    return [m.out_features if hasattr(m, "out_features") else weight_view(m).shape[0] for m in linears]
 
 
 @pytest.mark.parametrize("family", CROPPABLE)
@@ -120,6 +122,45 @@ def test_heads_go_where_layers_may_be_uneven(family: str, tmp_path: Path) -> Non
         model.save_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("kind", "heads", "groups", "dead", "left"),
+    [
+        ("Llama", 4, 2, 1, (2, 1)),  # a group of two heads
+        ("Llama", 4, 4, 1, (4, 4)),  # three heads do not divide a hidden size of 16, which Llama wants
+        ("Llama", 4, 4, 2, (2, 2)),
+        ("Mistral", 6, 3, 1, (4, 2)),
+        ("Qwen3", 6, 6, 2, (4, 4)),
+    ],
+)  # fmt: skip
+def test_heads_go_for_good_where_the_config_counts_them(
+    kind: str, heads: int, groups: int, dead: int, left: tuple[int, int], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    sizes = {**models.TEXT, "num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": 4}
+    model = getattr(tf, f"{kind}ForCausalLM")(getattr(tf, f"{kind}Config")(**sizes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+        for i, layer in enumerate(model.model.layers):
+            layer.self_attn.v_proj.weight[4 * i : 4 * (i + dead)] = 0
+    expected = outputs(model, "llama")
+    if left == (heads, groups):
+        kill(model, heads=False)
+        expected = outputs(model, "llama")
+    crop(model)
+    assert (model.config.num_attention_heads, model.config.num_key_value_heads) == left
+    torch.testing.assert_close(outputs(model, "llama"), expected, rtol=1e-5, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    torch.testing.assert_close(outputs(loaded.eval(), "llama"), expected, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():  # with a cache of keys and values, whose heads are fewer, too
+        given = models.inputs("bert")["input_ids"]
+        made = loaded.generate(given, max_new_tokens=4, do_sample=False, pad_token_id=0)
+        again = loaded.generate(given, max_new_tokens=4, do_sample=False, pad_token_id=0, use_cache=False)
+    assert torch.equal(made, again)
+
+
 def test_a_head_that_nobody_reads_goes_and_the_last_one_stays() -> None:
     model = make("bert")
     for layer in croppable_layers(model):
@@ -161,6 +202,18 @@ def test_a_multiple_keeps_some_dead_units(multiple: int, left: int) -> None:
     expected = outputs(model, "bert")
     crop(model, multiple=multiple)
     assert units(model) == [left, left] and model.config.intermediate_size == left
+    torch.testing.assert_close(outputs(model, "bert"), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_tiles_beside_dead_units_are_compressed_after_cropping() -> None:
+    model = make("bert")
+    with torch.no_grad():
+        for layer in croppable_layers(model):
+            weight_view(layer.get(layer.feed_forward.up))[:10] = 0
+            layer.get("attention.self.query").weight[:4] = 0
+    expected = outputs(model, "bert")
+    compress(crop(model, multiple=4), block_shape=(4, 4))
+    assert units(model) == [24, 24] and {n.rpartition(".")[2] for n in compressed_layers(model)} >= {"query"}
     torch.testing.assert_close(outputs(model, "bert"), expected, rtol=1e-5, atol=1e-5)
 
 

@@ -21,7 +21,7 @@ from hf_sparse.inference.exits.structure import CropError, croppable_layers
 from tests.inference import models
 from tests.inference.exits.test_crop import kill
 
-FAMILIES = ("bert", "roberta", "distilbert", "electra", "gpt2", "vit", "t5")
+FAMILIES = ("bert", "roberta", "distilbert", "electra", "gpt2", "llama", "vit", "t5")
 
 
 def needs(*packages: str) -> pytest.MarkDecorator:
