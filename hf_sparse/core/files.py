@@ -54,10 +54,10 @@ def atomic_folder(target: str | os.PathLike[str], stale: Callable[[str], bool] |
         removed = [name for name in sorted(there - written) if stale is not None and stale(name)]
         (staging / _REMOVED).write_text(json.dumps(removed), encoding="utf-8")
         for path in staging.rglob("*"):
-            _flush(path)
+            flush(path)
         complete = target / staging.name.replace(_SAVING, _SAVED, 1)
         os.rename(staging, complete)
-        _flush(target)
+        flush(target)
         _put_in_place(complete, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -100,7 +100,7 @@ def _put_in_place(complete: Path, target: Path) -> None:
             os.replace(path, place)
     for name in removed:
         (target / name).unlink(missing_ok=True)
-    _flush(target)
+    flush(target)
     shutil.rmtree(complete, ignore_errors=True)
 
 
@@ -139,7 +139,8 @@ def _is_running(process: int) -> bool:
     return True
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on disk."""
     # A rename is only as durable as the bytes behind it.
     handle = os.open(path, os.O_RDONLY)
     try:

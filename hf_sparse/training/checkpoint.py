@@ -89,12 +89,11 @@ def _compare(file: Path, state: dict[str, Any], masks: BlockMasks, facts: Mappin
             )
     if state["scope"] != masks.scope:
         raise ValueError(f"{file}: sparsity_scope was {state['scope']!r}, this run asks for {masks.scope!r}.")
-    for key, value in facts.items():
-        if key in state["facts"] and state["facts"][key] != value:
-            raise ValueError(
-                f"{file}: {key} was {state['facts'][key]!r}, in this run it is {value!r}. "
-                f"A resumed run must be set up as it was begun."
-            )
+    old = state["facts"]
+    differing = [key for key in facts if key in old and old[key] != facts[key]]
+    changed = [f"{key} was {old[key]!r}, in this run it is {facts[key]!r}" for key in differing]
+    if changed:
+        raise ValueError(f"{file}: {'; '.join(changed)}. A resumed run must be set up as it was begun.")
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:

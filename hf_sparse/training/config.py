@@ -25,6 +25,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "save_format": ("compressed", "dense", "cropped"),
 }
 
+# Fields whose effect is compared otherwise, or that have none on a step.
+_NO_FACTS = {
+    "block_height", "block_width", "block_overrides", "target_modules", "exclude_modules", "sparsity_scope", "preset",
+    "save_format",
+}  # fmt: skip
+
 
 def _field(default: Any, text: str) -> Any:
     """A field that a preset may set: None means "not given", so that every given value overrides the preset.
@@ -247,6 +253,16 @@ class SparseDistillConfig(TrainingArguments):
     def needs_teacher(self) -> bool:
         """Whether any setting uses a teacher; without one none is held in memory."""
         return bool(self.kd_weight or self.hidden_weight or self.attention_weight or self.graft_start < 1.0)
+
+    @property
+    def agreed_facts(self) -> dict[str, Any]:
+        """What a resumed run has to agree with: every field here that decides what a step does, and the seed.
+
+        Layers and block shapes are not among them: masks know them exactly, whatever pattern they came from.
+        """
+        plain = {spec.name for spec in dataclasses.fields(TrainingArguments)}
+        own = [spec.name for spec in dataclasses.fields(SparseDistillConfig) if spec.name not in plain | _NO_FACTS]
+        return {name: getattr(self, name) for name in [*own, "seed"]}
 
     @classmethod
     def from_training_arguments(cls, args: TrainingArguments) -> Self:

@@ -16,6 +16,10 @@ class StepHooks(TrainerCallback):
     def __init__(self, trainer: SparseDistillTrainer) -> None:
         self.trainer = trainer
 
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Once the number of steps is known."""
+        self.trainer.compare_length()
+
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """Before the forward."""
         self.trainer.begin_step()

@@ -21,6 +21,7 @@ from hf_sparse.training.hooks import StepHooks
 from hf_sparse.training.importance import input_rms
 from hf_sparse.training.losses import RunningMeans, distillation_terms, weighted_sum
 from hf_sparse.training.pruner import Pruner
+from hf_sparse.training.resuming import ResumingTrainer
 from hf_sparse.training.saving import save_final
 from hf_sparse.training.schedules import StepPlan, plan_step
 from hf_sparse.training.share import StepTotals, count_units
@@ -33,10 +34,9 @@ from hf_sparse.training.support import (
     refuse_unsupported_model,
 )
 from hf_sparse.training.teacher import check_tokenizer
-from hf_sparse.training.teaching import TeachingTrainer
 
 
-class SparseDistillTrainer(TeachingTrainer):
+class SparseDistillTrainer(ResumingTrainer):
     """A `Trainer` whose model ends block-sparse: pruned step by step while it learns from its dense teacher.
 
     Takes everything `Trainer` takes. Evaluation, prediction and checkpoints are those of the student alone; the final
@@ -230,7 +230,7 @@ class SparseDistillTrainer(TeachingTrainer):
     # Checkpoints and saving
 
     def _agreed_facts(self) -> dict[str, Any]:
-        return {"sparsity": self.args.sparsity, **self.distiller.agreed_facts()}
+        return {**self.args.agreed_facts, **self.distiller.agreed_facts()}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         coefs = load_state(resume_from_checkpoint, self.pruner.masks, self._agreed_facts())

@@ -113,6 +113,12 @@ def test_resuming_with_the_pruned_model_as_its_own_teacher_is_refused(straight: 
         ),
         # Pruned blocks never come back, so a lower target could not be met; known before hours of training.
         ({"sparsity": 0.3}, r"sparsity was 0\.6, in this run it is 0\.3"),
+        ({"kd_weight": 0.4}, r"kd_weight was 0\.5, in this run it is 0\.4\. A resumed run must be set up as it was"),
+        ({"penalty_weight": 0.0}, r"penalty_weight was 0\.001, in this run it is 0\.0"),
+        ({"mask_updates": 4, "sparsity_end": 0.7}, r"sparsity_end was 0\.66.*; mask_updates was 3, in this run it"),
+        ({"graft_start": 0.5}, r"graft_start was 0\.4"),
+        ({"importance": "activation"}, r"importance was 'magnitude', in this run it is 'activation'"),
+        ({"seed": 12}, r"seed was 11, in this run it is 12"),
         ({"sparsity_scope": "global"}, r"sparsity_scope was 'layer', this run asks for 'global'"),
     ],
 )  # fmt: skip
@@ -122,6 +128,20 @@ def test_a_checkpoint_of_another_run_is_refused(straight: Any, tmp_path: Path, c
     with pytest.raises(ValueError, match=message):
         trainer.train(resume_from_checkpoint=str(straight[0] / "checkpoint-4"))
     assert_same(before, weights_of(trainer.model))
+
+
+def test_what_does_not_change_a_step_may_change(straight: Any, tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path, save_strategy="no", save_format="dense", logging_strategy="steps", logging_steps=1)
+    trainer.train(resume_from_checkpoint=str(straight[0] / "checkpoint-4"))
+    assert_same(straight[1], weights_of(trainer.model))
+
+
+def test_another_length_is_said(straight: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = trainer_in(tmp_path, save_strategy="no", max_steps=10)
+    with caplog.at_level("WARNING"):
+        trainer.train(resume_from_checkpoint=str(straight[0] / "checkpoint-4"))
+    assert "The run was begun for 9 steps and is resumed for 10: sparsity" in caplog.text
+    assert pruned_zero(trainer)
 
 
 def copy_of(checkpoint: Path, folder: Path) -> Path:

@@ -1,0 +1,101 @@
+"""The checkpoints of the trainer: whole or not taken, older ones removed only once the new one is whole."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from hf_sparse.training.teaching import TeachingTrainer
+from hf_sparse.training.whole import check_whole, last_whole_checkpoint, mark_whole, what_is_missing
+
+logger = logging.getLogger(__name__)
+
+
+class ResumingTrainer(TeachingTrainer):
+    """Writes checkpoints that a kill at any moment cannot leave half-written, and resumes from whole ones alone."""
+
+    _holds_rotation = False
+    _begun_for: int | None = None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as `Trainer.train` does.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder; True = the last whole one in `output_dir`.
+            args: as `Trainer.train` takes.
+            kwargs: as `Trainer.train` takes.
+
+        Raises:
+            ValueError: if the checkpoint is not whole, or belongs to a run that was set up otherwise.
+            OSError: if a checkpoint cannot be written.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(last_whole_checkpoint(self.args.output_dir or "."))
+        elif resume_from_checkpoint:
+            check_whole(resume_from_checkpoint)
+        self._begun_for = _total_steps(resume_from_checkpoint) if resume_from_checkpoint else None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def compare_length(self) -> None:
+        """Say so if a resumed run is longer or shorter than it was begun: everything is scheduled over all steps."""
+        if self._begun_for not in (None, self.state.max_steps):
+            logger.warning(
+                "The run was begun for %s steps and is resumed for %d: sparsity, penalty, grafting and learning rate "
+                "follow the new length from here on, and it will not end as either run would have without a stop.",
+                self._begun_for,
+                self.state.max_steps,
+            )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save as `Trainer.save_model` does."""
+        super().save_model(output_dir, _internal_call)
+        if self._holds_rotation:
+            # From here on, and not before, because the settings have just been saved with the model.
+            self.args.save_total_limit = None
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        run_dir = Path(self._get_output_dir(trial=trial))
+        folder, limit = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", self.args.save_total_limit
+        if self.args.should_save and folder.is_dir():
+            # What an interrupted save left there would otherwise pass for part of this one.
+            shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()
+        self._holds_rotation = True
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                mark_whole(folder, self.state.global_step, self.args.world_size)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise self._cannot_write(folder, error) from error
+        finally:
+            self._holds_rotation, self.args.save_total_limit = False, limit
+        if self.args.should_save:
+            rotate_checkpoints(str(run_dir), limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _cannot_write(self, folder: Path, error: Exception) -> OSError:
+        free = shutil.disk_usage(folder.parent).free / 2**20
+        if self.args.should_save:
+            # It could never be resumed from, and takes up room.
+            shutil.rmtree(folder, ignore_errors=True)
+        whole = [path for path in folder.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if what_is_missing(path) is None]
+        last = max(whole, key=os.path.getmtime, default=None)
+        way_out = "resume with resume_from_checkpoint=True" if last else "begin anew"
+        return OSError(
+            f"{folder} could not be written: {error} ({free:.1f} MiB were free there). The last whole checkpoint is "
+            f"{last}. Make room, or lower save_total_limit, then {way_out}."
+        )
+
+
+def _total_steps(checkpoint: str | os.PathLike[str]) -> int | None:
+    file = Path(checkpoint) / TRAINER_STATE_NAME
+    found: int | None = json.loads(file.read_text(encoding="utf-8")).get("max_steps") if file.is_file() else None
+    return found
