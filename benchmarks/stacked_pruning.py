@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.stacked_bert import StackedBert
+from benchmarks.stacked_units import check_units, shape_in, tie_units_
 from hf_sparse.core.blocks import BlockShape, expand_mask
 from hf_sparse.training.importance import magnitude
 from hf_sparse.training.penalty import next_coef, penalty_gradient, proximal_shrink_
@@ -61,6 +62,8 @@ class StackedPruner:
         ]
         self.compensate = [int(more.get("compensate", 0)) for more in extra]
         self.relative = [bool(more.get("relative", False)) for more in extra]
+        for n, config in enumerate(configs):
+            check_units(config, self.importance[n])
         self.full = [bool(config.sparsity) for config in configs]
         self.mask = torch.ones_like(stack.flat, dtype=torch.bool)
         views = stack.views(self.mask)
@@ -89,7 +92,7 @@ class StackedPruner:
             if plan.update_coefs:
                 for name in self.stack.targets:
                     weight, config = self.weight(name)[n], self.configs[n]
-                    self.coefs[n, name] = next_coef(weight, config.block_shape, config.penalty_epsilon)
+                    self.coefs[n, name] = next_coef(weight, self._shape(n, name), config.penalty_epsilon)
         due = [n for n, plan in enumerate(plans) if plan.update_masks]
         if not due:
             return
@@ -102,17 +105,20 @@ class StackedPruner:
         groups: dict[tuple[Any, ...], list[int]] = {}
         for n in due:
             config = self.configs[n]
-            key = (config.block_shape, self.importance[n], config.sparsity_scope, self.relative[n])
+            shape = config.block_shape, config.feed_forward
+            key = (shape, self.importance[n], config.sparsity_scope, self.relative[n])
             groups.setdefault(key, []).append(n)
         kept_old = {name: self.masks[name][due] for name in self.masks} if any(self.compensate[n] for n in due) else {}
-        for (shape, importance, scope, relative), members in groups.items():
+        for ((_, feed_forward), importance, scope, relative), members in groups.items():
             scores = {}
             for name in self.stack.targets:
-                score = self._score(name, members, shape, importance, found, squares)
+                score = self._score(name, members, self._shape(members[0], name), importance, found, squares)
                 if relative:
                     score = score / score.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-30)
                 scores[name] = score
-            self._choose(members, shape, scores, [plans[n].sparsity for n in members], scope)
+            if feed_forward == "units":
+                tie_units_(scores)
+            self._choose(members, scores, [plans[n].sparsity for n in members], scope)
         if kept_old:
             self._compensate([n for n in due if self.compensate[n]])
         self.started = True
@@ -153,12 +159,10 @@ class StackedPruner:
             return of(weight / inverse.diagonal(dim1=1, dim2=2).sqrt()[:, None])
         raise ValueError(f"importance={importance!r} is not known.")
 
-    def _choose(
-        self, members: list[int], shape: BlockShape, scores: dict[str, Tensor], sparsity: list[float], scope: str
-    ) -> None:
-        ranked = {}
+    def _choose(self, members: list[int], scores: dict[str, Tensor], sparsity: list[float], scope: str) -> None:
+        ranked, shapes = {}, {name: self._shape(members[0], name) for name in scores}
         for name, score in scores.items():
-            alive = self._grid(name, members, shape)
+            alive = self._grid(name, members, shapes[name])
             ranked[name] = torch.where(alive, score, float("-inf")).flatten(1)
         if scope == "global":
             joined = torch.cat(list(ranked.values()), 1)
@@ -167,10 +171,14 @@ class StackedPruner:
         else:
             keep = {name: keep_highest(score, sparsity) for name, score in ranked.items()}
         for name, kept in keep.items():
-            alive = self._grid(name, members, shape)
+            alive = self._grid(name, members, shapes[name])
             grid = kept.view(alive.shape) & alive
-            full = expand_mask(grid.flatten(0, 1), shape).view(len(members), *self.masks[name].shape[1:])
+            full = expand_mask(grid.flatten(0, 1), shapes[name]).view(len(members), *self.masks[name].shape[1:])
             self.masks[name][members] = full
+
+    def _shape(self, n: int, name: str) -> BlockShape:
+        _, rows, columns = self.weight(name).shape
+        return shape_in(self.configs[n], name, rows, columns)
 
     def _grid(self, name: str, members: list[int], shape: BlockShape) -> Tensor:
         # One weight of every block tells, since masks hold whole blocks: [n, R, C].
@@ -190,7 +198,7 @@ class StackedPruner:
         for n, plan in enumerate(plans):
             if plan.penalty_weight and self.configs[n].penalty_form == "loss":
                 for name in self.stack.targets:
-                    shape, grad = self.configs[n].block_shape, self.stack.grads[f"{name}.weight"]
+                    shape, grad = self._shape(n, name), self.stack.grads[f"{name}.weight"]
                     value, gradient = penalty_gradient(self.weight(name)[n], shape, self.coefs.get((n, name)))
                     grad[n].add_(gradient, alpha=plan.penalty_weight)
                     penalties[n] = penalties[n] + value
@@ -224,7 +232,7 @@ class StackedPruner:
         for n, plan in enumerate(plans):
             if plan.penalty_weight and self.configs[n].penalty_form == "proximal":
                 for name in self.stack.targets:
-                    shape = self.configs[n].block_shape
+                    shape = self._shape(n, name)
                     proximal_shrink_(
                         self.weight(name)[n], shape, self.coefs.get((n, name)), plan.penalty_weight * rates[n]
                     )

@@ -25,6 +25,7 @@ CELLS: dict[str, dict[str, Any]] = {
     "activation": {"hidden_weight": 1.0, "importance": "activation"},
     "tiles": {"block_height": 8, "block_width": 4, "seed": 2},
     "single weights": {"block_height": 1, "block_width": 1, "importance": "activation", "kd_temperature": 4.0},
+    "hybrid": {"preset": "hybrid", "block_width": 4, "importance": "activation", "penalty_weight": 1e-3},
     "global": {"sparsity_scope": "global", "sparsity": 0.6},
     "one shot": {"sparsity_schedule": "one_shot", "sparsity_end": 0.3},
     "lasso": {"penalty_weight": 1e-3, "penalty_reweights": 2},
@@ -171,4 +172,7 @@ def test_a_stack_is_measured_as_it_goes_and_stops_at_the_deadline(tmp_path: Path
 def test_what_a_stack_cannot_train_is_refused(tmp_path: Path) -> None:
     config = make_config(tmp_path, {"attention_weight": 1.0})
     with pytest.raises(ValueError, match="attention_weight=1.0 is not trained in stacks"):
+        Stack([make_model()], make_model(), [config], [{}], [1], on(make_rows(), CPU), CPU)
+    config = make_config(tmp_path, {"feed_forward": "units", "sparsity_scope": "global"})
+    with pytest.raises(ValueError, match="feed_forward='units' with sparsity_scope='global' .* is not trained in"):
         Stack([make_model()], make_model(), [config], [{}], [1], on(make_rows(), CPU), CPU)
