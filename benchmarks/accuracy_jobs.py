@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.accuracy_cell import ROOT, Sources, load_rows, scores, write_json
 
 REPAIRED_SETS = 4
-GRACE = 2.0  # seconds after the deadline in which running stacks may write down what they have
+GRACE = 5.0  # seconds after the deadline in which running stacks may write down what they have
 
 
 def make_stacks(cells: Iterable[Mapping[str, Any]], grid: Mapping[str, Any]) -> list[list[dict[str, Any]]]:

@@ -320,9 +320,9 @@ class Stack:
         return [[n for n, draws in own.items() if not draws[layer]] for layer in range(self.stack.depth)]
 
     @torch.no_grad()
-    def evaluate(self, rows: Rows, limit: int | None = None) -> tuple[Tensor, Tensor]:
-        """Measure accuracy and mean loss of every cell, on the first `limit` rows or all: [N], [N]."""
-        lengths = rows.lengths[:limit]
+    def evaluate(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Measure accuracy and mean loss of every cell: [N], [N]."""
+        lengths = rows.lengths
         right = loss = torch.zeros(self.stack.size, device=self.device)
         for index in torch.sort(lengths, stable=True).indices.split(EVAL_ROWS):
             ids, types, real, labels = rows.batch(index)
@@ -416,10 +416,9 @@ def train(
     every = -(-stack.total // evaluations)
     for index in stack.batches():
         if time.monotonic() > deadline:
-            right, loss = (value.tolist() for value in stack.evaluate(dev, EVAL_ROWS * 4))
             raise OutOfTimeError([
-                {"stopped_at": stack.step, "of": stack.total, "right": right[k], "loss": loss[k], "train": courses[k],
-                 "dev": measured[k]} for k in range(n)
+                {"stopped_at": stack.step, "of": stack.total, "train": courses[k], "dev": measured[k]}
+                for k in range(n)
             ])  # fmt: skip
         plans = stack.plans()
         for name, value in stack.run_step(index).items():
@@ -432,6 +431,8 @@ def train(
                 entry = {name: float(f"{values[k]:.5g}") for name, values in means.items()}
                 courses[k].append({"step": stack.step, "sparsity": round(plans[k].sparsity, 5),
                                    "graft_prob": round(plans[k].graft_prob, 4), **entry})  # fmt: skip
+        if stack.step % (16 * logging_steps) == 0:
+            tell(f"step {stack.step}/{stack.total}, {time.monotonic() - begin:.1f} s")
         if stack.step % every == 0 or stack.step == stack.total:
             values = torch.stack([*stack.evaluate(dev), *stack.evaluate(known)], 1).tolist()
             for k in range(n):
