@@ -8,7 +8,7 @@ from typing import Any
 from transformers import Trainer
 
 from hf_sparse.hub.card import write_card
-from hf_sparse.hub.push import explained
+from hf_sparse.hub.push import explained, persistently
 from hf_sparse.training.facts import run_facts, with_given
 
 
@@ -19,13 +19,17 @@ class PublishingTrainer(Trainer):
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """Make the repository, as `Trainer.init_hf_repo` does: before training, so that a wrong token costs no run."""
+        make = super().init_hf_repo
         with explained(self._repository()):
-            super().init_hf_repo(*args, **kwargs)
+            persistently(lambda: make(*args, **kwargs))
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """Save and push, as `Trainer.push_to_hub` does."""
+        """Save and push, as `Trainer.push_to_hub` does; a dropped connection does not end it."""
+        push = super().push_to_hub
         with explained(self._repository()):
-            return super().push_to_hub(*args, **kwargs)
+            # Among several ranks only one pushes, and saving again would wait for the others for ever.
+            alone = self.args.world_size == 1
+            return persistently(lambda: push(*args, **kwargs)) if alone else push(*args, **kwargs)
 
     def create_model_card(self, **given: Any) -> None:  # type: ignore[override]
         """Write the card of the saved model from what the run recorded and what is given here.

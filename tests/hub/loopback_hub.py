@@ -226,7 +226,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.send({})
 
     def commit(self, repo: str, rev: str) -> None:
-        if not rev.startswith("refs/pr/"):
+        as_request = bool(self.query.get("create_pr"))
+        if as_request or rev.startswith("refs/pr/"):
+            self.require_token()
+        else:
             self.require_write()
         found, files, message = self.repo(repo), dict(self.at(repo, rev).files), ""
         for line in self.body.splitlines():
@@ -246,10 +249,15 @@ class _Handler(BaseHTTPRequestHandler):
                 raise _Refused(400, "", f"unknown operation {key}")
             if value.get("path") == "README.md" and (errors := card_errors(files["README.md"].decode())):
                 raise _Refused(400, "", errors[0]["message"])
-        new = Commit(message, files)
+        new, told = Commit(message, files), {}
+        if as_request:
+            found.pull_requests.append(message)
+            rev = f"refs/pr/{len(found.pull_requests)}"
+            found.branches[rev] = list(found.branches["main"])
+            told = {"pullRequestUrl": f"{self.hub.url}/{repo}/discussions/{len(found.pull_requests)}"}
         found.branches[rev].append(new)
         url = f"{self.hub.url}/{repo}/commit/{new.oid}"
-        self.send({"success": True, "commitOid": new.oid, "commitUrl": url, "hookOutput": ""})
+        self.send({"success": True, "commitOid": new.oid, "commitUrl": url, "hookOutput": "", **told})
 
     # --- read
 

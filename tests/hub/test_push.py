@@ -143,6 +143,23 @@ def test_push_to_hub_of_a_model_in_memory(hub: LoopbackHub, model_folder: Path, 
     assert hub.repos[REPO].files["README.md"] == (model_folder / "README.md").read_bytes()
 
 
+def test_push_to_hub_of_a_model_to_a_branch_and_as_a_pull_request(
+    hub: LoopbackHub, model_folder: Path, tmp_path: Path
+) -> None:
+    push(hub, model_folder)
+    model = AutoModelForSequenceClassification.from_pretrained(model_folder)
+    with torch.no_grad():
+        model.classifier.bias.add_(1.0)
+    model.push_to_hub(REPO, token=WRITE_TOKEN, revision="v2")
+    model.push_to_hub(REPO, token=READ_TOKEN, create_pr=True, commit_message="Better head")
+    remote = {"cache_dir": tmp_path / "cache", "token": READ_TOKEN}
+    assert torch.equal(logits(REPO, **remote), logits(model_folder))
+    for revision in ("v2", "refs/pr/1"):
+        assert len(hub.repos[REPO].branches[revision][-1].files["model.safetensors"]) < 20_000
+        torch.testing.assert_close(logits(REPO, revision=revision, **remote), logits(model_folder) + 1.0)
+    assert hub.repos[REPO].pull_requests == ["Better head"]
+
+
 def test_the_trainer_pushes_model_card_and_facts(hub: LoopbackHub, tmp_path: Path) -> None:
     model, _ = pruned_bert(seed=0)
     rows = [{"input_ids": [1, 2, 3, i % 40], "labels": i % 3} for i in range(16)]
