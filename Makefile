@@ -18,7 +18,7 @@ INSTALL := $(BIN)/python tools/pip_install.py $(VENV)/pip.log
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check sanitize format tables clean distclean
+.PHONY: help demo test check sanitize format tables api clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' | \
@@ -45,6 +45,9 @@ format: $(VENV)/.dev ## let ruff lay out the code
 
 tables: $(VENV)/.demo ## write the tables of README.md and docs/ anew from benchmarks/results/
 	@$(BIN)/python benchmarks/tables.py
+
+api: $(VENV)/.demo ## write docs/api.md anew from the docstrings
+	@$(BIN)/python tools/api_reference.py
 
 clean: ## remove what was built
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
