@@ -21,6 +21,7 @@ from pathlib import Path
 from hf_sparse.hub.card import CARD_FILE, facts_from_folder, write_card
 from hf_sparse.hub.facts import FACTS_FILE, CardFacts, DataFacts
 from hf_sparse.hub.filters import GAP, percent, score, shape
+from hf_sparse.hub.plots import GRID, HUES, INK, MUTED, save
 
 ROOT = Path(__file__).parents[1]
 CARDS = ROOT / "model_cards"
@@ -136,6 +137,35 @@ def write_list() -> None:
     rows = [row(facts.parent.name, facts_from_folder(facts.parent)) for facts in sorted(CARDS.glob(f"*/{FACTS_FILE}"))]
     after = next(i for i, line in enumerate(lines) if line.startswith("|--")) + 1
     file.write_text("\n".join([*lines[:after], *rows, *lines[after:]]) + "\n", encoding="utf-8")
+    draw({facts.parent.name: facts_from_folder(facts.parent) for facts in sorted(CARDS.glob(f"*/{FACTS_FILE}"))})
+
+
+def draw(cards: dict[str, CardFacts]) -> None:
+    """Draw all cards in one picture: what the file shrank to, and what that cost."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    for (name, facts), hue in zip(cards.items(), HUES * len(cards), strict=False):
+        metric, size, dense_size = facts.metrics[0], facts.file_bytes, facts.dense_file_bytes
+        if metric.dense_value is None or size is None or dense_size is None:
+            continue
+        place = (100 * size / dense_size, 100 * (metric.value - metric.dense_value))
+        axes.plot(*place, "o", color=hue, ms=7)
+        axes.annotate(name, place, xytext=(7, 3), textcoords="offset points", fontsize=7.5, color=INK)
+    axes.plot(100, 0, "o", mfc="white", mec=MUTED, ms=7)
+    axes.annotate("dense teacher", (100, 0), xytext=(-7, 6), textcoords="offset points", fontsize=7.5, color=MUTED,
+                  ha="right")  # fmt: skip
+    axes.margins(0.15, 0.25)
+    axes.set_xlabel("size of the weights file, % of the dense one", fontsize=7.5, color=MUTED)
+    axes.set_title("Score less that of the dense teacher, points", fontsize=9, color=INK, loc="left")
+    axes.tick_params(labelsize=7.5, colors=MUTED, length=0)
+    axes.grid(axis="y", color=GRID, lw=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_edgecolor(GRID)
+    save(figure, CARDS / "tradeoff.png")
 
 
 def main() -> None:
