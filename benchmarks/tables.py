@@ -20,7 +20,10 @@ sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks import speed_tables, task_tables  # noqa: E402
 
-DOCUMENTS = (REPOSITORY / "README.md", *(REPOSITORY / "docs" / name for name in ("kernels.md", "exits.md")))
+DOCUMENTS = (
+    REPOSITORY / "README.md",
+    *(REPOSITORY / "docs" / name for name in ("kernels.md", "exits.md", "neighbours.md")),
+)
 RESULTS = REPOSITORY / "benchmarks" / "results"
 
 _MARKED = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n)(.*?)(<!-- /table:(?P=name) -->)", re.DOTALL)
@@ -51,6 +54,7 @@ LAYOUTS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "cpu_linear": ("cpu_linear", speed_tables.linear_table),
     "cpu_deepsparse": ("cpu_deepsparse", speed_tables.deepsparse_table),
     "cropping": ("cropping", task_tables.cropping_table),
+    "int8_values": ("int8_values", task_tables.int8_table),
 }
 
 

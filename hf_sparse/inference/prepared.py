@@ -40,7 +40,13 @@ class Stamp:
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
-        self._address = tensor.data_ptr()
+        try:
+            self._address = tensor.data_ptr()
+        except RuntimeError as error:
+            raise RuntimeError(
+                "a compressed layer cannot get ready while torch.export traces it, since there are no values to read: "
+                "export with hf_sparse.inference.exits.export.export_program, which lets layers get ready first."
+            ) from error
         # Tensors made in inference mode keep no version.
         self._version = None if tensor.is_inference() else tensor._version
 
@@ -113,6 +119,7 @@ class Prepared:
         Raises:
             ValueError: if a forced backend cannot be used.
         """
+        stamps = Stamp(weight), Stamp(bitmap)
         name, values = requested_backend(), weight.detach().to(dtype)
         spec = LayerSpec(layer=index.layer, device=values.device, dtype=values.dtype)
         backend = choose_backend(spec, name)
@@ -130,7 +137,7 @@ class Prepared:
                 elif wins_from > 1:
                     few, dense = wins_from, to_dense(values, index)
         in_place = dense is None and isinstance(backend, GivesGradients) and backend.follows(state, weight)
-        return cls(Stamp(weight), Stamp(bitmap), backend, index, state, dtype, few, many, dense, in_place)
+        return cls(*stamps, backend, index, state, dtype, few, many, dense, in_place)
 
     def fits(self, weight: Tensor, bitmap: Tensor | None, dtype: torch.dtype) -> bool:
         """Tell whether weight and bitmap are still those it was made of, and the dtype the one that is asked for."""

@@ -148,6 +148,15 @@ def test_a_program_keeps_blocks_packed_or_calls_the_kernels() -> None:
     assert not any("hf_sparse" in str(node.target) for node in packed.graph.nodes)
 
 
+def test_plain_torch_export_of_a_fresh_model_says_what_to_do() -> None:
+    small, _ = compressed("bert")
+    with (
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match="exits.export.export_program, which lets layers get ready"),
+    ):
+        torch.export.export(small, (), sample_inputs(small), strict=False)
+
+
 # Refusals
 
 
