@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_sparse.training.distributed.shards import parts_of_shard
 from tests.distributed.cpu_fsdp import fsdp_on_cpu
+from tests.distributed.traffic import counted
 from tests.training.scenarios import everything_on, set_quiet
 from tests.training.tiny import CHECKPOINTING, Watch, bert, gradients_of, make_trainer, rows, weights_of
 
@@ -27,6 +28,11 @@ FULL = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "FULL_STA
 RUN = {
     **BLOCKS, "max_steps": 6, "sparsity": 0.6, "sparsity_end": 0.7, "mask_updates": 2, "penalty_weight": 1e-3,
     "hidden_weight": 0.3, "weight_decay": 0.1, "max_grad_norm": 0.5,
+}  # fmt: skip
+# Masks are chosen before steps 1 and 3, coefficients before steps 0 and 1, the penalty acts up to step 2.
+TRAFFIC = {
+    **BLOCKS, "max_steps": 5, "sparsity": 0.5, "sparsity_end": 0.6, "mask_updates": 2, "penalty_weight": 1e-3,
+    "penalty_reweights": 2, "hidden_weight": 0.3, "graft_start": 0.5, "graft_end": 0.9,
 }  # fmt: skip
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 RANKS = int(os.environ.get("WORLD_SIZE", "1"))
@@ -153,6 +159,21 @@ def options(folder: Path) -> dict[str, Any]:
     return seen
 
 
+def traffic(folder: Path) -> dict[str, Any]:
+    """Bytes that each step sends, and the end, under DDP and FSDP2."""
+    seen: dict[str, Any] = {}
+    for engine, fsdp in (("ddp", {}), ("fsdp2", SHARDED)):
+        for importance in ("magnitude", "activation"):
+            trainer = make_trainer(bert(), folder, rows("classes", 16), **TRAFFIC, **SPLIT, **fsdp,
+                                   importance=importance)  # fmt: skip
+            with counted() as sent:
+                steps: list[dict[str, int]] = []
+                trainer.add_callback(Watch(on_step_end=lambda state, s=steps, c=sent: (s.append(dict(c)), c.clear())))
+                trainer.train()
+            seen[f"{engine} {importance}"] = {"steps": steps, "end": dict(sent)}
+    return seen
+
+
 def refusals(folder: Path) -> dict[str, str]:
     """What is said to runs that end off target, and to FSDP1."""
     trainer = make_trainer(bert(), folder, rows("classes", 8), **{**RUN, "max_steps": 8}, **SPLIT, **SHARDED)
@@ -180,7 +201,10 @@ def refusals(folder: Path) -> dict[str, str]:
     return seen
 
 
-SCENARIOS = {2: (setting, invariance, whole_runs, resume, saving, options, refusals), 4: (setting, invariance, resume)}
+SCENARIOS = {
+    2: (setting, invariance, whole_runs, resume, saving, options, traffic, refusals),
+    4: (setting, invariance, resume, traffic),
+}
 
 
 def main() -> None:
