@@ -17,10 +17,12 @@ import itertools
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import yaml
 
@@ -167,7 +169,9 @@ def main() -> None:
             for method in (*grid["methods"].values(), *grid["tasks"].values()):
                 method["epochs"] = 1
         waiting = [cell for cell in expand(grid) if not cell_file(given.work, cell["name"]).is_file()]
-        run_jobs(waiting, grid, sources, given.jobs, given.until, "python benchmarks/accuracy.py --jobs N ...")
+        # Counted from the start of the process: importing takes a while, too.
+        left = given.until - (time.time() - psutil.Process().create_time())
+        run_jobs(waiting, grid, sources, given.jobs, left, "python benchmarks/accuracy.py --jobs N ...")
         return
     if not given.collect:
         run_grid(Sources(model=given.model, data=given.data, work=given.work))
