@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tests.distributed.launching import launched_once
-from tests.training.scenarios import TASKS, everything_on, model_for
+from tests.training.scenarios import TASKS, everything_on, model_for, wider_teacher
+from tests.training.test_speech import ctc
 from tests.training.test_trainer_options import mean_loss
 from tests.training.tiny import assert_same, bert, gradients_of, pad, rows
 
@@ -113,6 +114,22 @@ def test_activation_checkpointing_and_grafting_go_together(ranks: Any, tmp_path:
     for seen in ranks[1:]:
         for first, second in zip(whole, seen["checkpointing"]["gradients"], strict=True):
             assert_close(first, second, "checkpointing")
+
+
+def test_a_wider_teacher_gives_the_student_and_the_projections_of_one_rank(ranks: Any, tmp_path: Path) -> None:
+    alone = wider_teacher(tmp_path, 8)
+    for seen in ranks[1:]:
+        assert_close(alone["student"], seen["wide"]["student"], "student")
+        assert_close(alone["maps"], seen["wide"]["maps"], "projections")
+    assert_same(ranks[1]["wide"]["maps"], ranks[2]["wide"]["maps"])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_two_ranks_give_the_gradients_of_ctc_of_one(ranks: Any, tmp_path: Path, reduction: str) -> None:
+    whole = gradients_of(ctc(reduction, tmp_path, 8, 1))
+    for seen in ranks[1:]:
+        for step, (first, second) in enumerate(zip(whole, seen["speech"][reduction], strict=True)):
+            assert_close(first, second, f"{reduction}, step {step}")
 
 
 def test_every_rank_says_that_a_run_ended_off_target(ranks: Any) -> None:

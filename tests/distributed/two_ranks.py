@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_sparse.training import pruner
-from tests.training.scenarios import TASKS, everything_on, model_for, set_quiet
+from tests.training.scenarios import TASKS, everything_on, model_for, set_quiet, wider_teacher
+from tests.training.test_speech import ctc
 from tests.training.test_trainer_options import mean_loss, sum_loss
 from tests.training.tiny import CHECKPOINTING, Watch, bert, gradients_of, make_trainer, rows, weights_of
 
@@ -132,6 +133,16 @@ def checkpointing(folder: Path) -> dict[str, Any]:
     return {"gradients": gradients_of(everything_on("classes", folder, 4, 1, **{CHECKPOINTING: True}))}
 
 
+def wide(folder: Path) -> dict[str, Any]:
+    """A teacher of another width: the projections are trained beside what DDP wraps."""
+    return wider_teacher(folder, 4)
+
+
+def speech(folder: Path) -> dict[str, Any]:
+    """Gradients of CTC, whose loss is a mean over recordings or a sum over them."""
+    return {reduction: gradients_of(ctc(reduction, folder, 2, 2)) for reduction in ("mean", "sum")}
+
+
 def tampering(folder: Path) -> dict[str, Any]:
     """What a run says in which one bit of one mask changes on one rank: between updates, in one, after the last."""
     name, seen = "bert.encoder.layer.1.attention.self.key", {}
@@ -196,6 +207,8 @@ SCENARIOS = (
     evaluation,
     loss_functions,
     checkpointing,
+    wide,
+    speech,
     tampering,
     off_target,
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 import transformers as tf
 
-from tests.training.tiny import bert, gpt2, llama, make_trainer, pad, pad_to_10, rows
+from tests.training.tiny import bert, gpt2, llama, make_trainer, pad, pad_to_10, rows, weights_of
 
 TASKS = ("classes", "multi_label", "regression", "tagging", "qa", "mlm", "lm", "gpt2")
 
@@ -43,6 +43,16 @@ def everything_on(task: str, folder: Path | str, per_device: int, accumulate: in
         extra={"data_collator": pad_to_10 if task == "qa" else pad},
         per_device_train_batch_size=per_device, gradient_accumulation_steps=accumulate, **settings,
     )  # fmt: skip
+
+
+def wider_teacher(folder: Path | str, per_device: int) -> dict[str, Any]:
+    """Student and projections after 3 steps of 8 samples with a wider and deeper teacher."""
+    trainer = make_trainer(
+        bert(0), folder, rows("classes", 24), bert(5, hidden_size=24, num_hidden_layers=4), sparsity=0.5,
+        hidden_weight=0.7, layer_map="uniform", max_steps=3, optim="sgd", per_device_train_batch_size=per_device,
+    )  # fmt: skip
+    trainer.train()
+    return {"student": weights_of(trainer.student), "maps": weights_of(trainer.distiller.projections)}
 
 
 def set_quiet() -> None:

@@ -1,4 +1,4 @@
-"""Teachers of another width and depth: learned projections and layer maps, by hand, resumed, and over two ranks."""
+"""Teachers of another width and depth: learned projections and layer maps, by hand and resumed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -18,7 +17,6 @@ from hf_sparse.training.distill import hidden_loss
 from hf_sparse.training.layerwise import compared_layers, depths, resolve_layer_map
 from hf_sparse.training.projections import FILE, HiddenProjections, needed_projections
 from tests.training.families import family_model
-from tests.training.projection_ranks import average
 from tests.training.tiny import assert_same, bert, llama, make_trainer, pad, rows, t5, weights_of
 
 WIDE = {"hidden_size": 24, "num_hidden_layers": 4}
@@ -152,11 +150,6 @@ def test_shared_layers_count_each_time_they_run() -> None:
     assert depths(t5(num_layers=2, num_decoder_layers=3)) == [2, 3]
 
 
-@pytest.mark.dist
-def test_ranks_average_the_gradients_of_projections(tmp_path: Path) -> None:
-    mp.spawn(average, (str(tmp_path),), nprocs=2)
-
-
 def tokenizer_of(words: str) -> PreTrainedTokenizerFast:
     vocab = {word: i for i, word in enumerate(words.split())}
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token="a")))
@@ -176,3 +169,11 @@ def test_a_teacher_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             make_trainer(bert(0), tmp_path, rows("classes", 8), teacher, **given)
         make_trainer(bert(0), tmp_path, rows("classes", 8), teacher, **given, kd_weight=0.0)
+
+
+def test_a_padded_embedding_of_the_same_tokenizer_is_cut_as_the_refusal_says(tmp_path: Path) -> None:
+    teacher = llama(5, vocab_size=48)
+    with pytest.raises(ValueError, match="vocab_size is 40 in the model and 48 .* call teacher.resize_token_emb"):
+        make_trainer(llama(0), tmp_path, rows("lm", 8), teacher)
+    teacher.resize_token_embeddings(40)
+    make_trainer(llama(0), tmp_path, rows("lm", 8), teacher, max_steps=1).train()

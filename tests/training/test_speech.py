@@ -70,16 +70,18 @@ def test_losses_are_means_over_the_frames_of_each_recording(tmp_path: Path) -> N
     assert logged["loss_task"] == pytest.approx(mine.loss.item(), rel=1e-4)
 
 
+def ctc(reduction: str, folder: Path, per_device: int, accumulate: int) -> Any:
+    """A trainer over 2 steps of 8 recordings each, split as asked."""
+    return make_trainer(
+        wav2vec2(0, reduction), folder, recordings(16), wav2vec2(5, reduction), hidden_weight=0.3, max_steps=2,
+        optim="sgd", learning_rate=1e-3, max_grad_norm=0.0, extra={"data_collator": family_batch},
+        per_device_train_batch_size=per_device, gradient_accumulation_steps=accumulate,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_gradients_do_not_depend_on_the_split(tmp_path: Path, reduction: str) -> None:
-    def run(per_device: int, accumulate: int) -> list[dict[str, torch.Tensor]]:
-        return gradients_of(make_trainer(
-            wav2vec2(0, reduction), tmp_path, recordings(16), wav2vec2(5, reduction), hidden_weight=0.3, max_steps=2,
-            optim="sgd", learning_rate=1e-3, max_grad_norm=0.0, extra={"data_collator": family_batch},
-            per_device_train_batch_size=per_device, gradient_accumulation_steps=accumulate,
-        ))  # fmt: skip
-
-    whole, parts = run(8, 1), run(2, 4)
+    whole, parts = (gradients_of(ctc(reduction, tmp_path, *split)) for split in ((8, 1), (2, 4)))
     for step, (first, second) in enumerate(zip(whole, parts, strict=True)):
         assert_close(first, second, f"step {step}")
 
