@@ -15,6 +15,7 @@ from hf_sparse.core.estimate import estimate
 from hf_sparse.hub.push import push_folder
 from tests.hub.loopback_hub import WRITE_TOKEN, LoopbackHub
 from tests.test_cli import Done, assert_refused
+from tests.training.tiny import make_trainer, rows
 
 Cli = Callable[..., Done]
 BERT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 40}
@@ -68,6 +69,21 @@ def test_schedule_and_size_together(cli: Cli, config: Path, tmp_path: Path) -> N
     overridden = json.loads(cli("plan", config, "--model", folder, "--sparsity", 0.5, "--json").out)
     assert overridden["steps"][-1]["sparsity"] == 0.5
     assert {layer["sparsity"] for layer in overridden["model"]["layers"]} == {0.5}
+
+
+def test_units_are_planned_as_they_are_trained(cli: Cli, tmp_path: Path) -> None:
+    folder, file = dense_folder(tmp_path / "dense"), tmp_path / "hybrid.json"
+    settings = {"preset": "hybrid", "block_height": 4, "block_width": 4, "sparsity": 0.5, "max_steps": 2}
+    file.write_text(json.dumps(settings))
+    told = json.loads(cli("plan", file, "--model", folder, "--json").out)["model"]
+    model, data = BertForSequenceClassification.from_pretrained(folder), rows("classes", 8)
+    trainer = make_trainer(model, tmp_path / "run", data, **settings)
+    trainer.train()
+    trainer.save_model(tmp_path / "small")
+    found = json.loads(json.dumps(hf_sparse.report(tmp_path / "small").to_dict()))
+    assert {layer["name"]: layer for layer in told["layers"]} == {layer["name"]: layer for layer in found["layers"]}
+    assert {tuple(layer["block_shape"]) for layer in told["layers"]} == {(4, 4), (1, 16), (16, 1)}
+    assert (told["bytes"], told["dense_bytes"]) == (found["bytes"], found["dense_bytes"])
 
 
 def test_size_follows_targets_and_overrides(cli: Cli, config: Path, tmp_path: Path) -> None:
