@@ -46,7 +46,7 @@ format: $(VENV)/.dev ## let ruff lay out the code
 tables: $(VENV)/.demo ## write the tables of README.md and docs/ anew from benchmarks/results/
 	@$(BIN)/python benchmarks/tables.py
 
-api: $(VENV)/.demo ## write docs/api.md anew from the docstrings
+api: $(VENV)/.dev ## write docs/api.md anew from the docstrings
 	@$(BIN)/python tools/api_reference.py
 
 clean: ## remove what was built

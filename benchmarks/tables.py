@@ -22,7 +22,7 @@ from benchmarks import speed_tables, task_tables  # noqa: E402
 
 DOCUMENTS = (
     REPOSITORY / "README.md",
-    *(REPOSITORY / "docs" / name for name in ("kernels.md", "exits.md", "neighbours.md")),
+    *(REPOSITORY / "docs" / name for name in ("kernels.md", "exits.md", "neighbours.md", "tasks.md")),
 )
 RESULTS = REPOSITORY / "benchmarks" / "results"
 
@@ -54,6 +54,7 @@ LAYOUTS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "cpu_linear": ("cpu_linear", speed_tables.linear_table),
     "cpu_deepsparse": ("cpu_deepsparse", speed_tables.deepsparse_table),
     "cropping": ("cropping", task_tables.cropping_table),
+    "tasks": ("tasks", task_tables.tasks_table),
     "int8_values": ("int8_values", task_tables.int8_table),
 }
 

@@ -21,6 +21,8 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "examples")]
 
+from hf_sparse.inference.environment import environment  # noqa: E402
+
 RESULTS = REPOSITORY / "benchmarks" / "results" / "tasks.json"
 _ALWAYS = (
     "--do_train --do_eval --use_cpu --save_strategy no --disable_tqdm true --seed 0 --per_device_train_batch_size 16"
@@ -151,7 +153,8 @@ def main(arguments: list[str]) -> None:
     }
     rows = [collect(name, given.work / name, floors[task_of(name)]) for name in done]
     shown = "python benchmarks/tasks.py --squad SQUAD --wikitext WIKITEXT --minilm MINILM --work WORK"
-    given.out.write_text(json.dumps({"command": shown, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    results = {"command": shown, **environment(REPOSITORY), "rows": rows}
+    given.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -115,8 +115,48 @@ def load_splits(files: Mapping[str, str | None], name: str | None, config: str |
     return splits
 
 
+class Loader:
+    """Loads models for one task, and knows which parts of the last one had not been trained for it.
+
+    Args:
+        auto_class: of transformers.
+        options: for `from_pretrained`.
+    """
+
+    def __init__(self, auto_class: Any, **options: Any) -> None:
+        self.auto_class, self.options, self.new = auto_class, options, []
+
+    def __call__(self, path: str) -> Any:
+        """Load a folder or repo id."""
+        model, info = self.auto_class.from_pretrained(path, output_loading_info=True, **self.options)
+        self.new = sorted({*info["missing_keys"], *(str(key[0]) for key in info["mismatched_keys"])})
+        return model
+
+    def refuse_new(self, path: str) -> None:
+        """Refuse a model as teacher whose head was made a moment ago.
+
+        Raises:
+            ValueError: naming the model, what is new, and the way out.
+        """
+        if self.new:
+            raise ValueError(
+                f"{path} has no trained head for this task ({self.new[0]} is new) and would teach noise: name a "
+                f"fine-tuned model or teacher, or add --finetune_epochs 3."
+            )
+
+
+def teacher_model(load: Loader, model_args: ModelArguments) -> Any:
+    """Load the teacher that was named; None where none was."""
+    path = model_args.teacher_model_name_or_path
+    if path is None:
+        return None
+    teacher = load(path)
+    load.refuse_new(path)
+    return teacher
+
+
 def dense_model(
-    load: Callable[[str], Any],
+    load: Loader,
     model_args: ModelArguments,
     args: SparseDistillConfig,
     checkpoint: str | None,
@@ -132,10 +172,16 @@ def dense_model(
         checkpoint: of the interrupted run, or None.
         trainer_class: trains the dense model.
         common: what both trainers take: data, collator, metrics.
+
+    Raises:
+        ValueError: if it is to be its own teacher, and has no trained head.
     """
     folder = str(Path(args.output_dir) / "dense")
     if not args.do_train or not model_args.finetune_epochs:
-        return load(str(model_args.model_name_or_path))
+        model = load(str(model_args.model_name_or_path))
+        if args.do_train and args.needs_teacher and model_args.teacher_model_name_or_path is None:
+            load.refuse_new(str(model_args.model_name_or_path))
+        return model
     if checkpoint is None:
         changed = dataclasses.replace(
             args, output_dir=folder, num_train_epochs=model_args.finetune_epochs, max_steps=-1, save_strategy="no",

@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 import tiny_tasks
-from common import ModelArguments, dense_model, finish, load_splits, option, parse, prune, start
+from common import Loader, ModelArguments, dense_model, finish, load_splits, option, parse, prune, start, teacher_model
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     CONFIG_MAPPING,
@@ -114,6 +114,10 @@ def with_perplexity(metrics: dict[str, float]) -> dict[str, float]:
 def run(model_args: LanguageModelArguments, data_args: DataTrainingArguments, args: SparseDistillConfig) -> None:
     """Load, train, prune, measure, save, publish."""
     checkpoint = start(args)
+    if model_args.model_name_or_path is None and args.needs_teacher and not model_args.finetune_epochs:
+        raise ValueError(
+            "a model made from a config has learned nothing and would teach noise: give --finetune_epochs."
+        )
     files = {"train": data_args.train_file, "validation": data_args.validation_file}
     with args.main_process_first(desc="loading data"):
         raw = load_splits(files, data_args.dataset_name, data_args.dataset_config_name, model_args.cache_dir)
@@ -155,11 +159,11 @@ def run(model_args: LanguageModelArguments, data_args: DataTrainingArguments, ar
         # The logits of a whole data set would not fit into memory.
         "preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(-1),
     }
-    load = partial(AutoModelForCausalLM.from_pretrained, **where)
+    load = Loader(AutoModelForCausalLM, **where)
     model = dense_model(load, model_args, args, checkpoint, **common)
     trainer: Trainer
     if args.do_train:
-        teacher = model_args.teacher_model_name_or_path and load(model_args.teacher_model_name_or_path)
+        teacher = teacher_model(load, model_args)
         trainer = SparseDistillTrainer(model, args, teacher_model=teacher, **common)
         metrics = prune(trainer, checkpoint)
     else:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import tiny_tasks
 import torch
-from common import ModelArguments, dense_model, finish, option, parse, prune, start
+from common import Loader, ModelArguments, dense_model, finish, option, parse, prune, start, teacher_model
 from datasets import ClassLabel, DatasetDict, load_dataset
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer
 
@@ -117,7 +117,7 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, args: Spar
     names = reference.features[label].names
     name, where = str(model_args.model_name_or_path), {"cache_dir": model_args.cache_dir}
     labels = {"id2label": dict(enumerate(names)), "label2id": {text: i for i, text in enumerate(names)}}
-    load = partial(AutoModelForImageClassification.from_pretrained, **labels, **where, ignore_mismatched_sizes=True)
+    load = Loader(AutoModelForImageClassification, **labels, **where, ignore_mismatched_sizes=True)
     processor = AutoImageProcessor.from_pretrained(name, **where)
 
     data: dict[str, Any] = {}
@@ -145,7 +145,7 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, args: Spar
     model = dense_model(load, model_args, args, checkpoint, **common)
     trainer: Trainer
     if args.do_train:
-        teacher = model_args.teacher_model_name_or_path and load(model_args.teacher_model_name_or_path)
+        teacher = teacher_model(load, model_args)
         trainer = SparseDistillTrainer(model, args, teacher_model=teacher, **common)
         metrics = prune(trainer, checkpoint)
     else:

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import tiny_tasks
-from common import ModelArguments, dense_model, finish, load_splits, option, parse, prune, start
+from common import Loader, ModelArguments, dense_model, finish, load_splits, option, parse, prune, start, teacher_model
 from datasets import ClassLabel, Dataset
 from transformers import (
     AutoConfig,
@@ -165,11 +165,11 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, args: Spar
         "compute_metrics": EntityMetric(names),
     }
     labels = {"id2label": dict(enumerate(names)), "label2id": {tag: i for i, tag in enumerate(names)}}
-    load = partial(AutoModelForTokenClassification.from_pretrained, **labels, **where)
+    load = Loader(AutoModelForTokenClassification, **labels, **where)
     model = dense_model(load, model_args, args, checkpoint, **common)
     trainer: Trainer
     if args.do_train:
-        teacher = model_args.teacher_model_name_or_path and load(model_args.teacher_model_name_or_path)
+        teacher = teacher_model(load, model_args)
         trainer = SparseDistillTrainer(model, args, teacher_model=teacher, **common)
         metrics = prune(trainer, checkpoint)
     else:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import tiny_tasks
-from common import ModelArguments, dense_model, finish, load_splits, option, parse, prune, start
+from common import Loader, ModelArguments, dense_model, finish, load_splits, option, parse, prune, start, teacher_model
 from squad_answers import SquadMetric, encode, read_squad, split_articles
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, DataCollatorWithPadding, Trainer
 
@@ -101,11 +101,11 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, args: Spar
         "data_collator": DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if args.fp16 or args.bf16 else None),
         "compute_metrics": metric,
     }
-    load = partial(AutoModelForQuestionAnswering.from_pretrained, **where)
+    load = Loader(AutoModelForQuestionAnswering, **where)
     model = dense_model(load, model_args, args, checkpoint, **common)
     trainer: Trainer
     if args.do_train:
-        teacher = model_args.teacher_model_name_or_path and load(model_args.teacher_model_name_or_path)
+        teacher = teacher_model(load, model_args)
         trainer = SparseDistillTrainer(model, args, teacher_model=teacher, **common)
         metrics = prune(trainer, checkpoint)
     else:

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import tiny_tasks
-from common import ModelArguments, dense_model, finish, load_splits, option, parse, prune, start
+from common import Loader, ModelArguments, dense_model, finish, load_splits, option, parse, prune, start, teacher_model
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq, Seq2SeqTrainer
 
 from hf_sparse import SparseDistillSeq2SeqConfig, SparseDistillSeq2SeqTrainer
@@ -124,7 +124,7 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, args: Spar
             with args.main_process_first(desc=f"tokenising {split}"):
                 data[split] = rows.map(to_ids, batched=True, remove_columns=rows.column_names)
 
-    load = partial(AutoModelForSeq2SeqLM.from_pretrained, **where)
+    load = Loader(AutoModelForSeq2SeqLM, **where)
     if args.generation_max_length is None:
         args.generation_max_length = data_args.max_target_length
     # It makes the decoder's inputs out of the labels by itself: models know how.
@@ -140,7 +140,7 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, args: Spar
     model = dense_model(load, model_args, args, checkpoint, Seq2SeqTrainer, **common)
     trainer: Any
     if args.do_train:
-        teacher = model_args.teacher_model_name_or_path and load(model_args.teacher_model_name_or_path)
+        teacher = teacher_model(load, model_args)
         trainer = SparseDistillSeq2SeqTrainer(model, args, teacher_model=teacher, **common)
         metrics = prune(trainer, checkpoint)
     else:

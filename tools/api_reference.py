@@ -31,6 +31,12 @@ MORE = {
         "hf_sparse.core.files": ("finish_interrupted_save",),
         "hf_sparse.core.report": ("SparsityReport", "LayerReport"),
     },
+    "Exits and neighbours": {
+        "hf_sparse.inference.exits.export": ("export_program",),
+        "hf_sparse.inference.exits.samples": ("sample_inputs", "ExportError"),
+        "hf_sparse.inference.exits.structure": ("CropError",),
+        "hf_sparse.inference.adapters": ("support_compressed",),
+    },
     "Measuring": {
         "hf_sparse.inference.bench": ("compare_models", "token_inputs"),
         "hf_sparse.inference.encoder": ("fused_encoders",),

@@ -121,6 +121,8 @@ def test_an_evaluation_alone(tmp_path: Path) -> None:
             "this script prunes an encoder as it is: give --do_train",
         ),
         (run_clm, ["--smoke", "--config_name=gpt9"], "config_name='gpt9' is no kind of model that transformers knows"),
+        (run_clm, ["--smoke", "--finetune_epochs=0"], "a model made from a config has learned nothing and"),
+        (run_ner, ["--smoke", "--finetune_epochs=0"], r"has no trained head for this task \(classifier.bias is new\)"),
         (run_clm, ["--smoke", "--block_size=100000"], "the train data is shorter than one block: lower block_size"),
         (run_ner, ["--smoke", "--label_column=tags"], r"label_column='tags' is not among the columns \['tokens'"),
         (
