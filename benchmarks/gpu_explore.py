@@ -54,18 +54,18 @@ def _tile_plans(height: int, width: int, *, wide: bool = False, m: int = 128) ->
     warps = 8 if m * o > 128 * 64 else 4
     base = Plan("copy", m, o, k, warps, 3, 4)
     found = [base, replace(base, boxed=True), replace(base, early=1), replace(base, boxed=True, early=1)]
-    found += [replace(base, swapped=True, boxed=True), replace(base, stages=2, boxed=True, registers=128)]
+    found += [replace(base, swapped=True, boxed=True), replace(base, stages=2, boxed=True)]
     if m == 128:
         large = replace(base, m=256, warps=8 if o > 32 else 4)
         found += [
-            replace(large, boxed=True), replace(large, stages=2, boxed=True, registers=128),
+            replace(large, boxed=True), replace(large, stages=2, boxed=True),
             replace(large, stages=4, boxed=True), replace(large, warps=4, stages=2, boxed=True),
         ]  # fmt: skip
     if wide:
         found += [
             replace(base, boxed=True, group=2), replace(base, boxed=True, group=8), replace(base, boxed=True, group=1),
             replace(base, boxed=True, warps=8), replace(base, boxed=True, swapped=True, early=1),
-            replace(base, boxed=True, registers=128), replace(base, boxed=True, registers=112, stages=2),
+            replace(base, boxed=True), replace(base, boxed=True, stages=2),
         ]  # fmt: skip
     return list(dict.fromkeys(found))
 
@@ -78,10 +78,10 @@ def _band_plans(height: int) -> list[Plan]:
         replace(base, early=1),
         replace(base, group=2),
         replace(base, group=8),
-        replace(base, registers=128),
+        replace(base),
     ]
     found += [replace(base, stages=4), replace(base, stages=5), replace(base, k=16, stages=4)]
-    found += [replace(base, m=256, registers=128), replace(base, m=64, group=8)]
+    found += [replace(base, m=256), replace(base, m=64, group=8)]
     return found + ([replace(base, swapped=True)] if o >= 64 else [])
 
 

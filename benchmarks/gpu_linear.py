@@ -62,18 +62,18 @@ class Cell:
 def cells() -> Iterator[Cell]:
     """List the cells, what matters most first."""
     rest = [shape for shapes in SHAPES.values() for shape in shapes if shape not in HEADLINE]
-    for shape in HEADLINE:
-        yield from (Cell(shape, tokens, (0.1,)) for tokens in TOKENS[:4])
-    for shape in HEADLINE:
-        yield from (Cell(shape, tokens, DENSITIES[1:]) for tokens in TOKENS[:4])
-    for shape in rest:
-        yield from (Cell(shape, tokens, (0.1,)) for tokens in TOKENS[:4])
-    for dtype, shape in (("float16", HEADLINE[0]), ("float32", HEADLINE[0])):
-        yield from (Cell(shape, tokens, (0.1,), dtype, BLOCKS[:4]) for tokens in TOKENS[:4])
+    for tokens in TOKENS[:4]:
+        yield from (Cell(shape, tokens, (0.1,)) for shape in HEADLINE)
+    for tokens in TOKENS[:4]:
+        yield Cell(HEADLINE[0], tokens, DENSITIES[1:])
+    for tokens in TOKENS[:4]:
+        yield from (Cell(shape, tokens, (0.1,)) for shape in rest)
+    for dtype in ("float16", "float32"):
+        yield from (Cell(HEADLINE[0], tokens, (0.1,), dtype, BLOCKS[:4]) for tokens in TOKENS[:4])
     for shape in (*HEADLINE, *rest):
         yield Cell(shape, TOKENS[4], (0.1,))
-    for shape in rest:
-        yield from (Cell(shape, tokens, DENSITIES[1:]) for tokens in TOKENS[:4])
+    for tokens in TOKENS[:4]:
+        yield from (Cell(shape, tokens, DENSITIES[1:]) for shape in (*rest, HEADLINE[1]))
     for shape in (*HEADLINE, *rest):
         yield Cell(shape, TOKENS[4], DENSITIES[1:])
 
@@ -162,7 +162,7 @@ def _ours(
         "flops": 2 * cell.tokens * weight.values.numel(), "bytes": weight.values.numel() * x.itemsize,
     }  # fmt: skip
     stored = copies(weight.values) if cell.tokens <= 512 else [weight.values]
-    states = [GpuWeight(values, weight.forward, weight.index, weight.launches) for values in stored]
+    states = [GpuWeight(values, weight.forward, weight.index) for values in stored]
     share = _check(lambda: backend.run(x, states[0], None, None), x, matrix)
     name = f"gpu {block} {density}"
     calls[name] = (lambda i: backend.run(x, states[i % len(states)], None, None), max(launches, len(states)))
@@ -170,7 +170,7 @@ def _ours(
     bitmap = torch.zeros(1, dtype=torch.uint8, device=DEVICE)
     os.environ["HF_SPARSE_BACKEND"] = "auto"
     ready = Prepared.from_values(weight.values, bitmap, weight.index, x.dtype)
-    runs_dense = ready.backend.name == "dense" or not ready.few <= cell.tokens <= ready.many
+    runs_dense = ready.backend.name == "dense" or ready.runs_dense(cell.tokens)
     facts[name]["auto"] = "dense" if runs_dense else ready.backend.name
 
 
@@ -237,16 +237,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=8)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--warm", type=int)
+    parser.add_argument("--compiled", choices=["done", "only"], help="compile before, or nothing but compile")
     options = parser.parse_args(arguments)
     if options.warm is not None:
         warm(options.warm, options.jobs)
         return
     begin = time.monotonic()
     command = [sys.executable, "-m", "benchmarks.gpu_linear", "--out", str(options.out), "--jobs", str(options.jobs)]
-    workers = [subprocess.Popen([*command, "--warm", str(part)]) for part in range(options.jobs)]
-    for worker in workers:
-        worker.wait()
-    print(f"programs compiled in {time.monotonic() - begin:.0f} s", flush=True)
+    if options.compiled != "done":
+        workers = [subprocess.Popen([*command, "--warm", str(part)]) for part in range(options.jobs)]
+        for worker in workers:
+            worker.wait()
+        print(f"programs compiled in {time.monotonic() - begin:.0f} s", flush=True)
+    if options.compiled == "only":
+        return
     record = Record(options.out, "linear", ceilings())
     for cell in cells():
         if time.monotonic() - begin > options.seconds:

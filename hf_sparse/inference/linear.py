@@ -122,6 +122,17 @@ class BlockSparseLinear(nn.Module):
         """Compute [..., O] from x [..., I], any strides, any number of rows."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x must be [..., {self.in_features}], found shape {list(x.shape)}.")
+        compiling, ready = torch.compiler.is_compiling(), self._prepared
+        if (
+            compiling
+            and ready is not None
+            and not (torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type))
+        ):
+            # A compiled graph that looks at the weight would be one for weights of its size, and layers differ in it.
+            if x.dtype is not ready.dtype:
+                raise TypeError(f"x is {x.dtype}, but the layer is {ready.dtype}: use x.to({ready.dtype}).")
+            y = ready.run(x.reshape(-1, self.in_features), self._parameters["bias"])
+            return y.view(*x.shape[:-1], self.out_features)
         # Parameters are taken where they are stored: attribute look-ups of a module show for one token. The copies
         # that nn.DataParallel makes have them elsewhere.
         weight: Any = self._parameters.get("weight")
@@ -130,7 +141,6 @@ class BlockSparseLinear(nn.Module):
         backward = torch.is_grad_enabled() and (
             weight.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
         )
-        compiling = torch.compiler.is_compiling()
         autocast = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
         training = backward and self.training
         if (autocast and (backward or compiling)) or (backward and compiling) or (training and not self._trains()):
@@ -194,7 +204,7 @@ class BlockSparseLinear(nn.Module):
         if self.weight.device.type == "cpu" and requested_backend() != "gpu":
             return False
         ready = self._prepared
-        return (ready if ready is not None else self._prepare(self.weight.dtype)).in_place
+        return (ready if ready is not None else self._prepare(self.weight.dtype)).in_place is not None
 
     def _apply(self, fn: Any, recurse: bool = True) -> BlockSparseLinear:
         self._indexed = self._prepared = None

@@ -18,6 +18,7 @@ from hf_sparse.inference.kernels import (
     CountsTokens,
     GivesGradients,
     LayerSpec,
+    WinsForFew,
     backend_for_few,
     choose_backend,
     get_backend,
@@ -91,8 +92,9 @@ class Prepared:
         dtype: of x and of the result.
         few: calls with fewer tokens run dense.
         many: calls with more tokens run dense.
+        least: calls with at most so many tokens run on the backend for all that.
         dense: [O, I], the weight for those calls; None where there are none.
-        in_place: whether the backend reads the weight itself, and gives gradients: writing to it changes nothing.
+        in_place: the backend, where it reads the weight itself and gives gradients; None elsewhere.
     """
 
     weight: Stamp
@@ -103,8 +105,9 @@ class Prepared:
     dtype: torch.dtype
     few: int
     many: int
+    least: int
     dense: Tensor | None
-    in_place: bool
+    in_place: GivesGradients | None
 
     @classmethod
     def from_values(cls, weight: Tensor, bitmap: Tensor, index: BlockIndex, dtype: torch.dtype) -> Prepared:
@@ -123,7 +126,7 @@ class Prepared:
         name, values = requested_backend(), weight.detach().to(dtype)
         spec = LayerSpec(layer=index.layer, device=values.device, dtype=values.dtype)
         backend = choose_backend(spec, name)
-        few, many, dense = 1, sys.maxsize, None
+        few, many, least, dense = 1, sys.maxsize, 0, None
         if name == "auto" and backend.name == "dense" and (choice := backend_for_few(spec)):
             backend, many = choice
             dense = to_dense(values, index)
@@ -136,18 +139,29 @@ class Prepared:
                     state = backend.prepare(values, index)
                 elif wins_from > 1:
                     few, dense = wins_from, to_dense(values, index)
-        in_place = dense is None and isinstance(backend, GivesGradients) and backend.follows(state, weight)
-        return cls(*stamps, backend, index, state, dtype, few, many, dense, in_place)
+                    least = backend.until_tokens(spec) if isinstance(backend, WinsForFew) else 0
+        in_place = backend if isinstance(backend, GivesGradients) and dense is None else None
+        if in_place is not None and not in_place.follows(state, weight):
+            in_place = None
+        return cls(*stamps, backend, index, state, dtype, few, many, least, dense, in_place)
 
     def fits(self, weight: Tensor, bitmap: Tensor | None, dtype: torch.dtype) -> bool:
         """Tell whether weight and bitmap are still those it was made of, and the dtype the one that is asked for."""
-        same = self.weight.is_same(weight) if self.in_place else self.weight.fits(weight)
+        writable = self.in_place is not None and self.in_place.expects_writes(self.state)
+        same = self.weight.is_same(weight) if writable else self.weight.fits(weight)
         return same and self.dtype is dtype and self.mask.fits(bitmap)
+
+    def runs_dense(self, tokens: int) -> bool:
+        """Tell whether a call with so many tokens is computed by a dense product."""
+        if self.dense is None:
+            return False
+        return not (self.few <= tokens <= self.many or tokens <= self.least)
 
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Compute [M, O] from x [M, I]."""
-        if self.dense is not None and not self.few <= x.shape[0] <= self.many:
-            return linear(x, self.dense, bias)
+        if self.runs_dense(x.shape[0]):
+            dense: Any = self.dense
+            return linear(x, dense, bias)
         return self.backend.run(x, self.state, bias, None)
 
 

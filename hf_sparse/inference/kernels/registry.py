@@ -126,7 +126,10 @@ class GivesGradients(Protocol):
     """A backend that reads the values of a layer where they are stored, and computes gradients from them."""
 
     def follows(self, state: Any, values: Tensor) -> bool:
-        """Tell whether the state reads these very values, so that it stays right when they are written to."""
+        """Tell whether the state reads these very values, where they are."""
+
+    def expects_writes(self, state: Any) -> bool:
+        """Tell whether the gradient of the values was asked for: from then on they may be written to at any time."""
 
     def input_gradient(self, grad: Tensor, state: Any) -> Tensor | None:
         """Compute the gradient of x [M, I] from that of y [M, O]; None where a dense product does it better."""

@@ -28,16 +28,16 @@ pytestmark = [
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
 # Divisible by none of the sizes of a tile, except where blocks are.
 SHAPES = {
-    (8, 1): (72, 50),
+    (8, 1): (40, 50),
     (32, 1): (96, 50),
     (128, 1): (256, 50),
-    (24, 8): (72, 40),
+    (24, 8): (48, 40),
     (32, 2): (96, 50),
     (1, 16): (5, 48),
-    (3, 5): (12, 35),
-    (16, 16): (80, 48),
-    (32, 32): (96, 64),
-    (64, 64): (192, 128),
+    (3, 5): (9, 35),
+    (16, 16): (48, 48),
+    (32, 32): (64, 64),
+    (64, 64): (128, 128),
     (256, 32): (256, 64),
     (32, 128): (64, 256),
 }
@@ -66,8 +66,9 @@ def test_values(block: tuple[int, int], dtype: torch.dtype) -> None:
     for tokens in (1, 5, 37):
         x = torch.randn(tokens, weight.shape[1]).to(dtype)
         right = x.double() @ weight.t()
-        close(backend.run(x, state, None, None), right, dtype)
-        close(backend.run(x, state, bias, "relu"), (right + bias.double()).relu(), dtype)
+        given, activation = (None, None) if tokens == 5 else (bias, "relu")
+        right = right if given is None else (right + given.double()).relu()
+        close(backend.run(x, state, given, activation), right, dtype)
 
 
 @pytest.mark.usefixtures("nan_outputs")
@@ -111,14 +112,14 @@ def test_every_plan_computes_the_same(block: tuple[int, int], swapped: bool) -> 
     from hf_sparse.inference.kernels.gpu.launch import multiply
 
     _, state, weight, bias = prepared(block, 0.5, torch.float16)
-    for tokens, side in ((1, state.forward), (16, state.forward), (300, state.forward), (300, state.backward)):
+    for tokens, side in ((1, state.forward), (16, state.forward), (150, state.forward), (150, state.backward)):
         backward = side is state.backward
         if backward and min(block) < 16:
             continue
         matrix = weight.t() if backward else weight
         x = torch.randn(tokens, matrix.shape[1]).half()
         for plan in _plans(block, tokens, backward):
-            found = multiply(suited(x, plan), state.values, side, None, None, replace(plan, swapped=swapped))
+            found = multiply(suited(x, plan), state.values, side, None, None, replace(plan, swapped=swapped, early=0))
             close(found, x.double() @ matrix.t(), torch.float16)
 
 
@@ -210,6 +211,28 @@ def test_compile_sees_one_op_for_any_number_of_tokens() -> None:
     assert graphs == [["hf_sparse.gpu_linear"]]
 
 
+def test_layers_that_keep_different_numbers_of_blocks_share_a_compiled_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_SPARSE_BACKEND", "gpu")
+    layers, graphs = [], []
+    for density in (0.3, 0.5, 0.6, 0.8, 0.9):
+        mask = torch.rand(7, 9) < density
+        made = BlockSparseLinear.from_dense(torch.randn(112, 144), mask, (16, 16)).eval().requires_grad_(False)
+        layers.append(made)
+
+    def look(module: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append([str(node.target) for node in module.graph.nodes if node.op == "call_function"])
+        return module
+
+    x = torch.randn(2, 144)
+    torch.compiler.reset()
+    with torch.no_grad():
+        for made in layers:
+            right = made(x)
+            made.compile(backend=look)
+            torch.testing.assert_close(made(x), right)
+    assert len(graphs) <= 2 and all(graph == ["hf_sparse.gpu_linear"] for graph in graphs), graphs
+
+
 def test_opcheck() -> None:
     _, state, weight, bias = prepared((16, 16), 0.4, torch.float32)
     side = state.forward
@@ -264,7 +287,7 @@ def test_a_layer_trains_where_its_weight_lies(monkeypatch: pytest.MonkeyPatch) -
         theirs.step()
         torch.testing.assert_close(made.dense_weight(), dense.weight, rtol=1e-4, atol=1e-4)
         # What was made ready for the first step serves all of them: the kernels read the weight itself.
-        assert ready in (None, made._prepared) and made._prepared is not None and made._prepared.in_place
+        assert ready in (None, made._prepared) and made._prepared is not None and made._prepared.in_place is not None
         ready = made._prepared
 
 
@@ -279,6 +302,41 @@ def test_second_derivatives_are_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     (right,) = torch.autograd.grad((y @ weight.float().t()).pow(3).sum(), y, create_graph=True)
     (right,) = torch.autograd.grad(right.sum(), y)
     torch.testing.assert_close(second, right, rtol=1e-3, atol=1e-2)
+
+
+class _Kept:
+    """Stands in for a compiled program, which takes everything by position, and counts its launches."""
+
+    def __init__(self, program: Any) -> None:
+        self.program, self.launches = program, 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*args: Any, **options: Any) -> _Kept:
+            self.launches += 1
+            self.program[grid[:1]](*args, **options)
+            return self
+
+        return launch
+
+
+@pytest.mark.parametrize("block", [(32, 1), (16, 16), (64, 64)], ids=str)
+def test_later_calls_launch_what_the_first_compiled(block: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_sparse.inference.kernels.gpu import launch
+
+    kept = {name: _Kept(program) for name, program in launch._PROGRAMS.items()}
+    monkeypatch.setattr(launch, "_PROGRAMS", kept)
+    backend, state, weight, bias = prepared(block, 0.5, torch.float16)
+    other = torch.randn_like(bias)
+    for tokens in (1, 3, 40):
+        for given, activation in ((None, None), (bias, None), (other, None), (bias, "relu")):
+            for _ in range(3):
+                x = torch.randn(tokens, weight.shape[1]).half()
+                right = x.double() @ weight.t() + (0 if given is None else given.double())
+                close(backend.run(x, state, given, activation), activate(right, activation), torch.float16)
+    # The second call of a kind skips everything but the launch.
+    again = [value for value in state.launches.values() if callable(value) and not isinstance(value, _Kept)]
+    assert len(again) == 12
+    assert sum(program.launches for program in kept.values()) == 36
 
 
 def _mask(state: Any) -> Tensor:

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from hf_sparse.inference.kernels.gpu import limits
 from hf_sparse.inference.kernels.gpu.layout import MAX_INDEX, GpuWeight, Side, to_gpu
-from hf_sparse.inference.kernels.gpu.plan import MIN_RUN
+from hf_sparse.inference.kernels.gpu.plan import call_key
 from hf_sparse.inference.kernels.reference import ACTIVATIONS, activate
 from hf_sparse.inference.kernels.registry import BlockIndex, LayerSpec, register
 
+# Rows and columns of a block from which the gradients have programs.
+MIN_TILE = 16
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -82,11 +84,18 @@ class GpuBackend:
             return torch.ops.hf_sparse.gpu_linear(
                 x, state.values, side.table, side.column, bias, activation, side.features
             )
+        if x.dtype is not torch.float32 and (again := state.launches.get(call_key(x, bias, activation))) is not None:
+            with on_device(x):
+                return again(x)
         return call(x, state.values, state.forward, bias, activation, state.density, state.launches)
 
     def follows(self, state: GpuWeight, values: Tensor) -> bool:
         """Tell whether the kernels read these very values."""
         return state.values.data_ptr() == values.data_ptr() and state.values.dtype is values.dtype
+
+    def expects_writes(self, state: GpuWeight) -> bool:
+        """Tell whether the gradient of the values was asked for."""
+        return "written" in state.launches
 
     def input_gradient(self, grad: Tensor, state: GpuWeight) -> Tensor | None:
         """Compute the gradient of x [M, I] from that of y [M, O]; None for blocks that are no tiles."""
@@ -96,6 +105,10 @@ class GpuBackend:
 
     def values_gradient(self, grad: Tensor, x: Tensor, state: GpuWeight) -> Tensor | None:
         """Compute the gradient of the values [N, h, w] and of no others; None for blocks that are no tiles."""
+        if "written" not in state.launches:
+            # Whoever asks for this will write to the values.
+            state.launches.clear()
+            state.launches["written"] = True
         if not _is_tile(state) or state.values.shape[0] == 0:
             return None
         from hf_sparse.inference.kernels.gpu.gradients import sampled
@@ -107,7 +120,7 @@ class GpuBackend:
 
 def _is_tile(state: GpuWeight) -> bool:
     # The programs of the gradients take tiles of powers of two; a column in a band would be a sum of single products.
-    return all(size >= MIN_RUN and size & (size - 1) == 0 for size in state.index.layer.block_shape)
+    return all(size >= MIN_TILE and size & (size - 1) == 0 for size in state.index.layer.block_shape)
 
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -44,8 +45,26 @@ def plan_for(x: Tensor, values: Tensor, side: Side, density: float, launches: di
         density: fraction of blocks kept.
         launches: of the weight; remembers the choice.
     """
+    return _allowed(_plan_for(x, values, side, density, launches), x.device, launches)
+
+
+@cache
+def _overlaps(device: torch.device) -> bool:
+    # Programs that begin before the one before them has ended came with compute capability 9.0.
+    return (
+        device.type == "cuda" and torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9, 0)
+    )
+
+
+def _allowed(plan: Plan, device: torch.device, launches: dict[Any, Any]) -> Plan:
+    # Weights that an optimizer writes to must not be read before it has ended.
+    most = 0 if not _overlaps(device) else 1 if "written" in launches else 2
+    return plan if plan.early <= most else replace(plan, early=most)
+
+
+def _plan_for(x: Tensor, values: Tensor, side: Side, density: float, launches: dict[Any, Any]) -> Plan:
     bucket = token_bucket(x.shape[0])
-    place = ("plan", side.stride_inner, bucket)
+    place = ("plan", side.stride_inner, side.block is None, bucket)
     plan = launches.get(place)
     if plan is not None:
         return plan
@@ -103,7 +122,7 @@ def _plans(device: torch.device) -> Plans | None:
 @torch.no_grad()
 def _tune(x: Tensor, values: Tensor, side: Side, bucket: int) -> Plan:
     given = torch.randn(bucket, x.shape[1], dtype=x.dtype, device=x.device)
-    tried = candidates(side, bucket, x.dtype)
+    tried = list(dict.fromkeys(_allowed(plan, x.device, {}) for plan in candidates(side, bucket, x.dtype)))
     logger.info("trying %d plans for %s, %d tokens", len(tried), list(values.shape), bucket)
     with torch.cuda.device(x.device):
         return fastest(tried, lambda plan: launch.multiply(given, values, side, None, None, plan))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +12,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hf_sparse.inference.kernels.gpu import programs
 from hf_sparse.inference.kernels.gpu.layout import Side
-from hf_sparse.inference.kernels.gpu.plan import Plan
+from hf_sparse.inference.kernels.gpu.plan import Plan, call_key
 
 _PROGRAMS = {"few": programs.few_program, "gather": programs.gather_program, "copy": programs.copy_program}
+# Where y stands among the arguments of a program, and of one that takes boxes.
+_OUTPUT, _BOXED_OUTPUT = 6, 7
+# Entries of what is remembered of a weight.
+_MOST_KEPT = 512
 # Tokens, features and warps of a program that transposes.
 _TILE = (64, 64, 4)
 
@@ -35,7 +41,7 @@ def multiply(
     Returns:
         [M, O], contiguous.
     """
-    tokens = x.shape[0]
+    given, tokens = x, x.shape[0]
     y = x.new_empty(tokens, side.bands * side.height)
     if plan.features_first and not (x.stride(0) == 1 and tokens % plan.m == 0 and x.stride(1) % 16 == 0):
         x = transpose(x, plan.m, plan.early).t()
@@ -66,15 +72,66 @@ def multiply(
             constants = {**sizes, **strides, **ways, **last}
     # What Triton compiles anew for. Finding out takes it longer than a product of few tokens, so programs are kept.
     alike = (plan, side.stride_inner, *last.values(), x.stride(), (x.data_ptr() | shared[3].data_ptr()) % 16)
-    _start(_PROGRAMS[plan.program], grid, args, constants, plan, alike, compiled)
+    kept = None if compiled is None else compiled.get(alike)
+    if kept is None:
+        kept = _PROGRAMS[plan.program][(grid,)](*args, **constants, **options(plan))
+    else:
+        kept[(grid, 1, 1)](*args, *constants.values())
+    # The interpreter gives nothing to keep.
+    if compiled is not None and kept is not None:
+        _make_room(compiled)
+        compiled[alike] = kept
+        if side.stride_inner == 1 and side.block is None:
+            prepare = partial(transpose, multiple=plan.m, early=plan.early) if x is not given else None
+            again = _again(kept[(grid, 1, 1)], args, tuple(constants.values()), prepare)
+            compiled[call_key(given, bias, activation)] = again
     return y
+
+
+def _make_room(compiled: dict[Any, Any]) -> None:
+    # Every number of tokens is a call of its own: those of long ago are forgotten.
+    if len(compiled) >= _MOST_KEPT:
+        for key in [key for key in compiled if not isinstance(key, str)]:
+            del compiled[key]
+
+
+class _Tensor:
+    """What a launch reads of a `TensorDescriptor`, without the checks of one."""
+
+    __slots__ = ("base", "padding", "shape", "strides")
+
+    def __init__(self, base: Tensor, like: Any) -> None:
+        self.base, self.shape, self.strides, self.padding = base, like.shape, like.strides, like.padding
+
+
+def _again(
+    launch: Any, args: tuple[Any, ...], constants: tuple[Any, ...], prepare: Callable[[Tensor], Tensor] | None
+) -> Callable[[Tensor], Tensor]:
+    # The same call with another x: a few microseconds of Python, where those above take many. What is kept here keeps
+    # the bias alive, so that no other one gets its number.
+    boxed = not isinstance(args[0], Tensor)
+    if boxed:
+        x_box, of_values, y_box, *between = args[:_BOXED_OUTPUT]
+        y, *after = args[_BOXED_OUTPUT:]
+    else:
+        _, *between = args[:_OUTPUT]
+        y, *after = args[_OUTPUT:]
+    shape = y.shape
+
+    def again(x: Tensor) -> Tensor:
+        y = x.new_empty(shape)
+        if boxed:
+            launch(_Tensor(x, x_box), of_values, _Tensor(y, y_box), *between, y, *after, *constants)
+        else:
+            launch(x if prepare is None else prepare(x).t(), *between, y, *after, *constants)
+        return y
+
+    return again
 
 
 def options(plan: Plan) -> dict[str, Any]:
     """Give what Triton calls the options of a launch."""
     found: dict[str, Any] = {"num_warps": plan.warps, "num_stages": plan.stages}
-    if plan.registers:
-        found["maxnreg"] = plan.registers
     if plan.early:
         found["launch_pdl"] = True
     return found
@@ -82,20 +139,6 @@ def options(plan: Plan) -> dict[str, Any]:
 
 def _box(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
-
-
-def _start(
-    program: Any, grid: int, args: tuple[Any, ...], constants: dict[str, Any], plan: Plan, alike: Any,
-    compiled: dict[Any, Any] | None,
-) -> None:  # fmt: skip
-    kept = None if compiled is None else compiled.get(alike)
-    if kept is not None:
-        kept[(grid, 1, 1)](*args, *constants.values())
-        return
-    made = program[(grid,)](*args, **constants, **options(plan))
-    # The interpreter gives nothing to keep.
-    if compiled is not None and made is not None:
-        compiled[alike] = made
 
 
 def transpose(x: Tensor, multiple: int, early: int = 0, tile: tuple[int, int, int] = _TILE) -> Tensor:

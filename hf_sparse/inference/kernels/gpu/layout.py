@@ -99,7 +99,11 @@ def to_gpu(values: Tensor, index: BlockIndex) -> GpuWeight:
         )
     if max(*layer.dense_shape, values.shape[0] * max(layer.block_shape)) > MAX_INDEX:
         raise FormatError(f"{values.shape[0]} blocks of {layer.block_shape} do not fit 32-bit indices.")
-    return GpuWeight(values.detach().contiguous(), forward_side(index), index)
+    weight = GpuWeight(values.detach().contiguous(), forward_side(index), index)
+    if values.is_cuda and not torch.cuda.is_current_stream_capturing():
+        # Programs read the weight before the work ahead of them has ended: whatever made it has to have ended first.
+        torch.cuda.current_stream(values.device).synchronize()
+    return weight
 
 
 def forward_side(index: BlockIndex) -> Side:

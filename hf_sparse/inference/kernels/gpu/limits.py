@@ -13,17 +13,23 @@ from functools import cache
 import torch
 
 from hf_sparse.inference.kernels.gpu.layout import GpuWeight
-from hf_sparse.inference.kernels.gpu.plan import FEW_TOKENS, MIN_RUN
+from hf_sparse.inference.kernels.gpu.plan import FEW_TOKENS
 from hf_sparse.inference.kernels.registry import LayerSpec
 
-# Per microsecond: tensor core operations of a dense product in 16-bit types and of float32 in full precision, bytes
-# from device memory, and bytes from the second-level cache that our programs reach. Microseconds of one launch.
-_DENSE_RATE = {2: 650e6, 4: 45e6}
-_SPARSE_RATE = {2: 450e6, 4: 12e6}
-_MEMORY, _CACHE, _LAUNCH = 2.6e6, 3.2e6, 2.5
-# A launch of ours costs more of the CPU's time than one of cuBLAS: a win has to be clear.
+# Fitted to an H200. Per microsecond: operations of a dense product in 16-bit types and of float32 in full precision,
+# and of ours with tiles and with gathered columns; bytes from device memory; bytes that our programs take from the
+# second-level cache. Microseconds of a launch: of cuBLAS, of ours for many tokens, for few, and for one.
+_DENSE_RATE = {2: 850e6, 4: 50e6}
+_TILE_RATE, _GATHER_RATE = {2: 520e6, 4: 10e6}, {2: 415e6, 4: 25e6}
+_MEMORY, _TILE_CACHE, _GATHER_CACHE = 4.2e6, 9.5e6, 8.4e6
+_DENSE_LAUNCH, _LAUNCH, _FEW_LAUNCH, _SINGLE_LAUNCH = 2.0, 3.5, 4.5, 1.8
+# Of device memory, what decoding reaches where rows of a block follow each other, and where single columns do.
+_FEW_TILE, _FEW_GATHER = 0.9, 0.5
+# Writing y goes on beside the rest, in part.
+_WRITING = 0.7
+# A calculation is no measurement: a win has to be clear.
 _CLEAR = 0.92
-# The ceilings above are those of compute capability 9.0. Elsewhere ratios may differ: a win has to be twofold.
+# Elsewhere than on compute capability 9.0 all of this may be different: a win has to be twofold.
 _KNOWN, _UNKNOWN_CLEAR = (9, 0), 0.5
 
 _TOKEN_COUNTS = tuple(2**k for k in range(15))
@@ -41,24 +47,25 @@ def dense_time(spec: LayerSpec, tokens: int) -> float:
     out_features, in_features = spec.layer.dense_shape
     size = spec.dtype.itemsize
     moved = size * (out_features * in_features + tokens * (out_features + in_features))
-    return _LAUNCH + max(2 * tokens * out_features * in_features / _DENSE_RATE[size], moved / _MEMORY)
+    return _DENSE_LAUNCH + max(2 * tokens * out_features * in_features / _DENSE_RATE[size], moved / _MEMORY)
 
 
 def sparse_time(spec: LayerSpec, tokens: int) -> float:
     """Give the microseconds that our programs are expected to take."""
     layer, size = spec.layer, spec.dtype.itemsize
     (height, width), (out_features, in_features) = layer.block_shape, layer.dense_shape
-    kept = layer.kept * height * width
-    moved = size * (kept + tokens * (out_features + in_features))
-    rows = min(128, max(16 if tokens > 1 else 8, height))
-    tile = min(128, max(16, tokens)) if tokens > 1 else 1
+    kept, tile = layer.kept * height * width, width % 32 == 0 and size == 2
+    if tokens <= FEW_TOKENS:
+        reached = _MEMORY * (_FEW_TILE if width >= 8 else _FEW_GATHER) * min(1.0, height / 8)
+        return (_SINGLE_LAUNCH if tokens == 1 else _FEW_LAUNCH) + size * kept / reached
+    rows = min(128, max(16, height))
     # Values that reach a multiprocessor: of x once per band and token, of the weight once per tile of tokens.
-    taken = size * (kept / height * -(-height // rows) * tokens + kept * -(-tokens // tile))
-    worked = 2 * max(tokens, 16) * kept * max(1.0, rows / height) / _SPARSE_RATE[size]
-    spent = _LAUNCH + max(moved / _MEMORY, taken / _CACHE, worked)
-    if tokens > 1 and width % MIN_RUN:
-        spent += _LAUNCH + 2 * size * tokens * in_features / _MEMORY
-    return spent
+    padded = kept * max(1.0, 16 / height)
+    taken = size * (padded / rows * tokens + kept * -(-tokens // 128))
+    worked = 2 * max(tokens, 64) * padded / (_TILE_RATE if tile else _GATHER_RATE)[size]
+    spent = _LAUNCH + max(taken / (_TILE_CACHE if tile else _GATHER_CACHE), worked)
+    spent += _WRITING * size * tokens * out_features / _MEMORY
+    return spent if tile else spent + _DENSE_LAUNCH + 2 * size * tokens * in_features / _MEMORY
 
 
 def _wins(spec: LayerSpec, tokens: int) -> bool:
@@ -82,9 +89,9 @@ def wins_from(weight: GpuWeight) -> int | None:
 
 
 def wins_until(spec: LayerSpec) -> int:
-    """Give up to how many tokens, `FEW_TOKENS` at most, a layer is no slower than dense; 0 for none."""
+    """Give up to how many tokens a layer is no slower than dense; 0 for none."""
     best = 0
-    for tokens in (count for count in _TOKEN_COUNTS if count <= FEW_TOKENS):
+    for tokens in _TOKEN_COUNTS:
         if not _wins(spec, tokens):
             break
         best = tokens

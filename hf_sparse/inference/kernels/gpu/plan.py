@@ -9,15 +9,20 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hf_sparse.inference.kernels.gpu.layout import Side
 
 # Up to so many tokens a call is bound by reading the weight, and one program sees them all.
 FEW_TOKENS = 16
 # Columns in a row from which x is read as it lies; below, rows of its transpose are read instead.
-MIN_RUN = 16
+_MIN_RUN, _MIN_RUN_FEW = 32, 16
 # Of one streaming multiprocessor of compute capability 9.0, for one program; less elsewhere.
 MAX_SHARED = 227 * 1024
+# Outputs up to which a call with one token is cut finer, so that every multiprocessor has work.
+_SMALL_OUTPUT = 6144
+# Columns that a band keeps from which large tiles pay: what they begin with is then little of what they do.
+_LONG_BAND = 1280
 
 
 @dataclass(frozen=True)
@@ -33,8 +38,7 @@ class Plan:
         features_first: whether x is transposed before.
         swapped: whether the tile of y is computed transposed.
         boxed: whether the copy engine writes y, too.
-        registers: of a thread at most; 0 leaves it to the compiler.
-        early: whether a program may begin before the one before it has ended: 1 reads the index ahead.
+        early: what a program reads before the one before it has ended: 0 nothing, 1 the index, 2 weights as well.
     """
 
     program: str
@@ -47,7 +51,6 @@ class Plan:
     features_first: bool = False
     swapped: bool = False
     boxed: bool = False
-    registers: int = 0
     early: int = 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,46 +88,67 @@ def power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def features_first(side: Side, tokens: int) -> bool:
+def call_key(x: Tensor, bias: Tensor | None, activation: str | None) -> Any:
+    """Name what calls have in common that differ in the values of x alone."""
+    return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16, id(bias), activation
+
+
+def features_first(side: Side, tokens: int, dtype: torch.dtype) -> bool:
     """Tell whether x is transposed before the product: where single columns are gathered for several tokens."""
-    return tokens > 1 and side.width % MIN_RUN != 0
+    if tokens <= FEW_TOKENS and side.stride_inner == 1:
+        return tokens > 1 and side.width % _MIN_RUN_FEW != 0
+    return dtype.itemsize > 2 or side.width % _MIN_RUN != 0
 
 
 def copies(side: Side, dtype: torch.dtype) -> bool:
     """Tell whether the copy engine can bring blocks of this shape."""
-    sides = (side.height, side.width)
-    return dtype.itemsize == 2 and all(size % 16 == 0 and size & (size - 1) == 0 for size in sides)
+    powers = all(size & (size - 1) == 0 for size in (side.height, side.width))
+    return dtype.itemsize == 2 and powers and side.height >= 16 and side.width >= _MIN_RUN
 
 
 def default_plan(side: Side, tokens: int, dtype: torch.dtype) -> Plan:
-    """Give the plan that is taken untuned.
+    """Give the plan that is taken untuned: what was the fastest on an H200, or near it.
 
     Args:
         side: the weight, in the direction of the call.
         tokens: rows of x, at least 1.
         dtype: of x and weight.
     """
-    first = features_first(side, tokens)
     if tokens <= FEW_TOKENS and side.stride_inner == 1:
-        many = tokens > 1
-        return _few(side, 16 if many else 1, features_first=first)
-    m = min(128, max(16, power_of_two(tokens)))
+        return _few(side, tokens, dtype)
+    first = features_first(side, tokens, dtype)
+    m, o = min(128, max(16, power_of_two(tokens))), min(128, max(16, power_of_two(side.height)))
     if dtype.itemsize > 2:
-        m, o = min(m, 64), min(32, max(16, power_of_two(side.height)))
-        return Plan("gather", m, o, 16, warps=4, stages=3, features_first=first)
-    o = min(128, max(16, power_of_two(side.height)))
+        warps = 4 if side.stride_inner == 1 and side.width > 1 else 8
+        return Plan("gather", min(m, 64), min(o, 64), 16, warps, 3, 4, features_first=first, early=1)
     # The matrix product of a warp group is at least 64 rows high: of tokens, or of the weight where tokens are fewer.
     swapped = m < 64 <= o
-    warps = 8 if m * o > 128 * 64 else 4
-    if copies(side, dtype) and not first:
-        return Plan("copy", m, o, min(side.width, 64), warps=warps, stages=3, swapped=swapped)
-    k = 64 if first or side.width % 64 == 0 else max(16, min(64, side.width & -side.width))
-    return Plan("gather", m, o, k, warps=warps, stages=3, features_first=first, swapped=swapped)
+    if not copies(side, dtype):
+        k = 64 if tokens <= 512 else 32
+        return Plan("gather", m, o, k, 8 if m * o > 8192 else 4, 3, 2, features_first=first, swapped=swapped, early=1)
+    base = Plan("copy", m, o, min(side.width, 64), 8 if m * o > 8192 else 4, 3, 4, swapped=swapped, early=1)
+    if o == 64 and m == 128 and tokens >= 2048 and band_length(side) >= _LONG_BAND:
+        return replace(base, m=256, warps=8, stages=4, boxed=True)
+    if o <= 32:
+        return replace(base, m=256 if tokens >= 1024 else m, boxed=True)
+    return replace(base, swapped=swapped or o * m == 64 * 128, boxed=o < 128)
 
 
-def _few(side: Side, m: int, *, features_first: bool, k: int | None = None, o: int | None = None) -> Plan:
-    rows = max(16 if m > 1 else 8, min(16, power_of_two(side.height)))
-    return Plan("few", m, o or rows, k or (256 if m == 1 else 128), stages=1, features_first=features_first)
+def band_length(side: Side) -> float:
+    """Give the number of columns that a band keeps, on average."""
+    return side.column.numel() * side.width / side.bands
+
+
+def _few(side: Side, tokens: int, dtype: torch.dtype) -> Plan:
+    small = side.bands * side.height <= _SMALL_OUTPUT
+    first = features_first(side, tokens, dtype)
+    longest = max(128, power_of_two(int(band_length(side)) + 1))
+    height = power_of_two(side.height)
+    if tokens == 1:
+        o = 8 if side.width >= 8 and small else 16
+        return Plan("few", 1, min(o, max(8, height)), min(512 if small else 256, longest), 4, 1, early=2)
+    o, k = (32 if first and height >= 32 else 16), (256 if first or dtype.itemsize > 2 else 512)
+    return Plan("few", 16, o, min(k, longest), 4, 1, features_first=first, early=2)
 
 
 def candidates(side: Side, tokens: int, dtype: torch.dtype) -> list[Plan]:
@@ -137,21 +161,20 @@ def candidates(side: Side, tokens: int, dtype: torch.dtype) -> list[Plan]:
     """
     start = default_plan(side, tokens, dtype)
     if start.program == "few":
-        found = [replace(start, k=k, warps=warps) for k in (128, 256, 512) for warps in (4, 8)]
+        found = [replace(start, k=max(128, start.k // 2)), replace(start, k=min(512, 2 * start.k))]
+        found += [replace(start, k=start.k, warps=8)]
+        found += [replace(start, o=8 if start.o == 16 else 16)] if start.m == 1 else []
     elif dtype.itemsize > 2:
-        found = [replace(start, m=m, warps=warps) for m in (32, 64) for warps in (4, 8) if m <= start.m]
+        found = [replace(start, m=32), replace(start, warps=12 - start.warps)]
+    elif start.program == "copy":
+        plain = replace(start, swapped=False, boxed=True)
+        found = [replace(plain, group=1), replace(start, stages=4)]
+        if tokens >= 1024:
+            found += [replace(plain, m=256, warps=8, stages=4), replace(start, m=128, swapped=False)]
+        elif start.m == 128:
+            found += [replace(start, m=64, warps=4)]
     else:
-        found = _many(start, side, tokens, dtype)
+        found = [replace(start, group=4), replace(start, k=96 - start.k), replace(start, stages=4)]
+        found += [replace(start, m=64, warps=4)] if start.m == 128 else []
+        found += [replace(start, m=256)] if start.o <= 32 and tokens >= 1024 else []
     return list(dict.fromkeys([start, *found]))
-
-
-def _many(start: Plan, side: Side, tokens: int, dtype: torch.dtype) -> list[Plan]:
-    found = []
-    for m, warps, stages in ((64, 4, 4), (128, 4, 3), (128, 8, 4), (256, 8, 3)):
-        if m > max(16, power_of_two(tokens)):
-            continue
-        found.append(replace(start, m=m, warps=warps, stages=stages))
-        if copies(side, dtype) and not start.features_first:
-            o = min(side.height, 128)
-            found.append(Plan("copy", m, o, min(side.width, 64), warps=warps, stages=stages))
-    return found
