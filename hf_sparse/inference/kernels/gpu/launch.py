@@ -98,10 +98,11 @@ def _make_room(compiled: dict[Any, Any]) -> None:
 class _Tensor:
     """What a launch reads of a `TensorDescriptor`, without the checks of one."""
 
-    __slots__ = ("base", "padding", "shape", "strides")
+    __slots__ = ("base", "block_shape", "padding", "shape", "strides")
 
     def __init__(self, base: Tensor, like: Any) -> None:
-        self.base, self.shape, self.strides, self.padding = base, like.shape, like.strides, like.padding
+        self.base, self.shape, self.strides = base, like.shape, like.strides
+        self.block_shape, self.padding = like.block_shape, like.padding
 
 
 def _again(
