@@ -7,12 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, metadata_eval_result
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
 from hf_sparse import FormatError
 from hf_sparse.hub.card import CARD_FILE, facts_from_folder, is_rendered, render_card, write_card
 from hf_sparse.hub.facts import FACTS_FILE, CardFacts, DataFacts, MetricFacts, read_facts
 from hf_sparse.hub.filters import GAP, percent, score, shape
+from tests.hub.loopback_hub import card_errors
 from tests.hub.test_facts import FULL
 
 MODEL_CARDS = Path(__file__).parents[2] / "model_cards"
@@ -233,6 +235,39 @@ def test_model_cards_are_rendered_from_their_facts() -> None:
         assert card.read_text(encoding="utf-8") == render_card(read_facts(facts)), f"hf-sparse card model_cards/{name}"
         pictures = {picture.file for picture in read_facts(facts).pictures}
         assert {path.name for path in card.parent.iterdir()} == {FACTS_FILE, CARD_FILE, *pictures}
+
+
+def test_model_cards_have_metadata_that_the_hub_takes() -> None:
+    for name, (file, card) in published_cards().items():
+        text, facts = card.read_text(encoding="utf-8"), read_facts(file)
+        assert card_errors(text) == []
+        data = ModelCard(text, ignore_metadata_errors=False).data
+        assert data.base_model == facts.base_model
+        assert {"hf_sparse", "block-sparse", "pruned"} <= set(data.tags or ())
+        results = data.eval_results or []
+        assert [(x.metric_type, x.metric_value) for x in results] == [(m.type, m.value) for m in facts.metrics]
+        # There and back through the client's own reader and writer of model-index.
+        index = eval_results_to_model_index(name, results)
+        assert model_index_to_eval_results(index) == (name, results)
+        for result in results:
+            assert metadata_eval_result(
+                model_pretty_name=name, task_pretty_name="x", task_id=result.task_type, metrics_id=result.metric_type,
+                metrics_pretty_name=result.metric_type, metrics_value=result.metric_value,
+                dataset_id=result.dataset_type, dataset_pretty_name=result.dataset_name,
+            )["model-index"]  # fmt: skip
+
+
+def test_model_cards_tell_what_a_card_has_to_tell() -> None:
+    for name, (_, card) in published_cards().items():
+        text = card.read_text(encoding="utf-8")
+        for heading in ("Results", "Pictures", "How to load", "How it was made", "Limits", "Citation"):
+            assert f"\n## {heading}\n" in text, f"{name}: {heading}"
+        for row in ("base model", "teacher", "data", "block shape", "sparsity asked", "sparsity reached", "training",
+                    "seed", "versions"):  # fmt: skip
+            assert f"\n| {row}" in text, f"{name}: {row}"
+        for word in ("dense teacher", "weights file (bytes)", "One script measured both", "import hf_sparse",
+                     "hf_sparse.load_dense", "Pruned layers (", "huang-etal-2022", "li-etal-2020"):  # fmt: skip
+            assert word in text, f"{name}: {word}"
 
 
 def test_model_cards_are_listed_with_their_numbers() -> None:
