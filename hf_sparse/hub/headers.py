@@ -6,6 +6,7 @@ which takes no room on a disk. Whatever reads headers and bitmaps of a folder re
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterable, Mapping
@@ -17,8 +18,8 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from hf_sparse.core.packing import MASK_SUFFIX, QUANT_METHOD, FormatError, LayerFormat, read_layer_formats
-from hf_sparse.core.reading import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, read_config, shard_names
-from hf_sparse.hub.fetch import FetchError, fetch_model
+from hf_sparse.core.reading import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, read_config, shard_names, weight_files
+from hf_sparse.hub.fetch import LOOKED_AT, FetchError, fetch_model
 from hf_sparse.hub.push import persistently
 
 # One answer brings the header of most models; a longer one takes a second.
@@ -39,8 +40,8 @@ def fetch_headers(repo_id: str, folder: Path, revision: str | None = None, token
         token: access token; None takes HF_TOKEN or the one that `hf auth login` stored, where there is one.
 
     Returns:
-        The folder to look at: the given one, or with HF_HUB_OFFLINE the one in the cache. None where the model is
-        dense: only its weights tell where its zeros are.
+        The folder to look at: the given one, or where the model is in the cache, the one there. None where the model
+        is dense: only its weights tell where its zeros are.
 
     Raises:
         FetchError: if the Hub cannot be reached, has no such repository or revision for this token, or serves no parts
@@ -57,8 +58,13 @@ def fetch_headers(repo_id: str, folder: Path, revision: str | None = None, token
         formats = read_layer_formats(quantization)
     except FormatError as error:
         raise FormatError(f"{repo_id}: {CONFIG_FILE}: {error}") from error
-    for file in snapshot.iterdir():
-        shutil.copyfile(file, folder / file.name)
+    with contextlib.suppress(FileNotFoundError):
+        weight_files(snapshot)
+        # Somebody has loaded this very commit before.
+        return snapshot
+    for name in LOOKED_AT:
+        if (snapshot / name).is_file():
+            shutil.copyfile(snapshot / name, folder / name)
     # The snapshot is named after its commit: whatever is pushed meanwhile, all files are of that one.
     remote = _Remote(repo_id, snapshot.name, token)
     if not remote.bring(SINGLE_FILE, folder, formats) and (folder / INDEX_FILE).is_file():

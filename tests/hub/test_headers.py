@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from hf_sparse import FormatError, compress, report
 from hf_sparse.core.blocks import expand_mask
 from hf_sparse.core.targets import find_targets
-from hf_sparse.hub.fetch import FetchError
+from hf_sparse.hub.fetch import FetchError, fetch_model
 from hf_sparse.hub.headers import fetch_headers
 from hf_sparse.hub.html import render_report
 from hf_sparse.hub.push import push_folder
@@ -84,6 +84,32 @@ def test_a_dense_model_is_not_looked_at_by_its_headers(hub: LoopbackHub, large: 
     assert fetch_headers(REPO, into(tmp_path / "seen")) is None
     assert "model.safetensors" not in hub.served
     assert list((tmp_path / "seen").iterdir()) == []
+
+
+def test_a_model_that_is_in_the_cache_is_looked_at_there(
+    hub: LoopbackHub, large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push_folder(large, REPO, token=WRITE_TOKEN)
+    fetched = fetch_model(REPO)
+    (fetched / "1_Pooling").mkdir()
+    hub.served.clear()
+    assert fetch_headers(REPO, into(tmp_path / "seen")) == fetched
+    assert hub.served.total() == 0
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert fetch_headers(REPO, tmp_path / "seen") == fetched
+
+
+def test_whatever_else_of_a_commit_is_in_the_cache_is_left_there(
+    hub: LoopbackHub, large: Path, tmp_path: Path
+) -> None:
+    push_folder(large, REPO, token=WRITE_TOKEN)
+    cached = fetch_model(REPO, weights=False)
+    (cached / "1_Pooling").mkdir()
+    (cached / "pytorch_model.bin").write_bytes(b"pickle")
+    folder = fetch_headers(REPO, into(tmp_path / "seen"))
+    assert folder is not None
+    assert {file.name for file in folder.iterdir()} == {"config.json", "model.safetensors"}
+    assert report(folder).to_dict() == report(large).to_dict()
 
 
 def test_an_older_revision(hub: LoopbackHub, large: Path, model_folder: Path, tmp_path: Path) -> None:
