@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from hf_sparse.core.report import report
-from hf_sparse.hub.facts import FACTS_FILE, CardFacts, read_facts
+from hf_sparse.hub.facts import FACTS_FILE, CardFacts, DataFacts, read_facts
 from hf_sparse.hub.filters import GAP, count, json_value, milliseconds, percent, ratio, score, shape
 from hf_sparse.hub.history import curves
 from hf_sparse.hub.masks import lay_out, read_mask_maps
@@ -83,7 +83,8 @@ def _made(facts: CardFacts) -> list[tuple[str, str]]:
         ("base model", facts.base_model),
         ("teacher", facts.teacher),
         ("task", facts.task),
-        ("data", data and data.name),
+        ("data", data and _data(data)),
+        ("about the data", data and data.note),
         ("block shape (rows x columns)", facts.block_shape and shape(facts.block_shape)),
         ("sparsity asked", facts.sparsity_asked is not None and percent(facts.sparsity_asked)),
         ("training", cost and f"{count(cost.steps)} steps, {cost.seconds:,.0f} seconds on {cost.hardware}"),
@@ -94,6 +95,12 @@ def _made(facts: CardFacts) -> list[tuple[str, str]]:
         ("versions", ", ".join(f"{name} {version}" for name, version in sorted(facts.versions.items()))),
     ]
     return [(name, str(value)) for name, value in rows if value]
+
+
+def _data(data: DataFacts) -> str:
+    rows = ((data.train_rows, "to train"), (data.eval_rows, "to evaluate"))
+    told = [f"{count(number)} rows {what}" for number, what in rows if number is not None]
+    return ", ".join([data.name, *told])
 
 
 @cache

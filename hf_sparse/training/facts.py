@@ -94,7 +94,8 @@ def hardware() -> str:
     found = environment()["hardware"]
     if found["gpus"]:
         return f"{len(found['gpus'])} x {found['gpus'][0]}"
-    return f"{found['cpu']}, {found['threads']} threads"
+    threads = found["threads"]
+    return f"{found['cpu']}, {threads} thread{'' if threads == 1 else 's'}"
 
 
 def _task(model: Any) -> tuple[str | None, str | None]:

@@ -101,6 +101,11 @@ def test_the_page_tells_layers_and_facts(page_text: str, model_folder: Path) -> 
     assert "Never shown a <script>." in page.text
 
 
+def test_the_page_tells_how_much_data_there_was(page_text: str) -> None:
+    assert "Toy Set, 4,000 rows to train, 500 rows to evaluate" in page_text
+    assert "Made up | for tests." in page_text
+
+
 def test_a_folder_without_facts_has_a_page_of_its_weights(model_folder: Path) -> None:
     page = Page(render_report(model_folder))
     assert "Where the weights survived" in page.text
