@@ -120,7 +120,7 @@ class BlockSparseQuantizer(HfQuantizer):
             matches = match_modules(model, headers, formats)
         except FormatError as error:
             folder = os.path.dirname(checkpoint_files[0]) if checkpoint_files else ""
-            if left := interrupted_save(folder or "."):
+            if folder and (left := interrupted_save(folder)):
                 raise FormatError(
                     f"{error} A save into this folder was interrupted; the rest of it lies in {left.name}. "
                     f"Finish it with hf_sparse.core.files.finish_interrupted_save({folder!r})."

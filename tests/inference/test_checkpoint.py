@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -403,3 +404,16 @@ def test_a_shard_that_is_gone_is_named(shards: Path) -> None:
 def test_a_config_that_asks_for_endless_layers_is_refused_before_they_are_built(folder: Path, layers: int) -> None:
     edit_config(folder, lambda config: config.update(num_hidden_layers=layers))
     refuses(folder, f"config.json asks for {layers} layers")
+
+
+def test_an_index_without_files_sends_nobody_to_another_folder(
+    shards: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path_factory.mktemp("here")
+    left = here / f".saved-{platform.node()}-999999999-x"
+    left.mkdir()
+    monkeypatch.chdir(here)
+    (shards / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {}}')
+    with pytest.raises(FormatError, match="none were given") as caught:
+        load(shards)
+    assert left.name not in str(caught.value)
