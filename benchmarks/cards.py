@@ -61,13 +61,10 @@ class Run:
 
 _SST2 = {"task": "sst2", "title": "GLUE SST-2", "data": "--max_train_samples 4000 --max_seq_length 64",
          "finetune": "--finetune_epochs 3 --finetune_learning_rate 1e-4"}  # fmt: skip
-_MRPC = {"task": "mrpc", "title": "GLUE MRPC", "data": "--max_train_samples 1500 --max_seq_length 64",
-         "finetune": "--finetune_epochs 3 --finetune_learning_rate 1e-4"}  # fmt: skip
 _PRUNE = "--learning_rate 3e-4 --num_train_epochs 2"
 RUNS = (
     Run(name="minilm-sst2-50", prune=f"{_PRUNE} --sparsity 0.5", **_SST2),
     Run(name="minilm-sst2-80", prune=f"{_PRUNE} --sparsity 0.8", **_SST2),
-    Run(name="minilm-mrpc-50-tiles", prune=f"{_PRUNE} --sparsity 0.5 --block_height 16 --block_width 16", **_MRPC),
 )
 
 

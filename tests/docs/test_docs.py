@@ -227,7 +227,8 @@ def check_script(words: list[str], where: str) -> None:
     for word in words[1:]:
         if word.startswith("--") and len(word) > 2:
             option = word.removeprefix("--").split("=")[0]
-            assert f'"--{option}"' in sources or f"{option}:" in sources or option in known, where
+            written = (f'"--{option}"', f"{option}:", f'"{option}"')
+            assert option in known or any(text in sources for text in written), where
 
 
 def test_a_command_that_does_not_exist_is_found() -> None:
