@@ -121,12 +121,15 @@ class Pruner:
         return torch.stack(values).sum()
 
     @torch.no_grad()
-    def finish_step(self, plan: StepPlan, learning_rates: Mapping[int, float]) -> Tensor | None:
+    def finish_step(
+        self, plan: StepPlan, learning_rates: Mapping[int, float], moved: Tensor | None = None
+    ) -> Tensor | None:
         """Shrink blocks (proximal form) and set pruned blocks back to zero, after the optimizer has moved the weights.
 
         Args:
             plan: the step's plan.
-            learning_rates: {id of a parameter: learning rate of this step}; empty if the optimizer skipped the step.
+            learning_rates: {id of a parameter: learning rate of this step}; nothing is shrunk without one.
+            moved: whether the optimizer took the step, a scalar on the weights' device; None = it did.
 
         Returns:
             R before the shrinking, a scalar; None if the step has no penalty in proximal form.
@@ -138,6 +141,8 @@ class Pruner:
                 threshold = plan.penalty_weight * learning_rates.get(id(module.weight), 0.0)
                 values.append(lasso_of_norms(norm, coef))
                 factors = shrink_factors(norm, coef, threshold)
+                if moved is not None:
+                    factors = torch.where(moved, factors, 1.0)
                 scale_blocks_of_(weight_view(module), factors, self.masks.block_shapes[name])
         self.masks.apply_()
         return torch.stack(values).sum() if values else None

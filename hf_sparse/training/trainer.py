@@ -76,9 +76,11 @@ class SparseDistillTrainer(ResumingTrainer):
         self._given_teacher = teacher_model
         self._teacher_metrics = {}
         self._plan: StepPlan | None = None
+        self._loss_scale: Tensor | None = None
         self._micro_batches: list[dict[str, Any]] = []
         self._totals, self._means = StepTotals(), RunningMeans()
         super().__init__(model, args, *positional, **kwargs)
+        check_tokenizer(self.processing_class, self._given_teacher if self.args.needs_teacher else None)
         # The model would otherwise be handed a count that only some heads use, and be scaled as if all did.
         self.model_accepts_loss_kwargs = False
         if self.model_init is None:
@@ -93,7 +95,6 @@ class SparseDistillTrainer(ResumingTrainer):
             freeze_outside_layers(model)
         self.pruner = Pruner(model, self.args)
         self._shifted, self._task_unit = predicts_next(model), task_unit(model)
-        check_tokenizer(self.processing_class, self._given_teacher if self.args.needs_teacher else None)
         self.engine = Engine(self.accelerator, model)
         self.distiller = Distiller(model, self.args, self._given_teacher, self.engine)
 
@@ -104,6 +105,14 @@ class SparseDistillTrainer(ResumingTrainer):
         self._set_up(model)
         self._hire_teacher(model)
         return model
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        super()._hp_search_setup(trial)
+        if self.hp_search_backend is not None and trial is not None:
+            # The trial's settings came after its model was made, and another accelerator with them.
+            self.args.validate()
+            self._set_up(self.student)
+            self._hire_teacher(self.student)
 
     @property
     def plan(self) -> StepPlan:
@@ -193,21 +202,26 @@ class SparseDistillTrainer(ResumingTrainer):
         """Run one micro-batch; after a step's last one, add the penalty's gradient, to be clipped with the rest."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
-            scaler = self.accelerator.scaler
-            scale = None if scaler is None else scaler.scale(torch.ones((), device=self.args.device))
-            penalty = self.pruner.add_penalty_gradient(self.plan, scale)
+            self._loss_scale = self._scale_of_loss()
+            penalty = self.pruner.add_penalty_gradient(self.plan, self._loss_scale)
             if penalty is not None:
                 self._means.add("penalty", penalty)
             self.pruner.masks.apply_to_grads_()
             self.end_backward()
         return loss
 
+    def _scale_of_loss(self) -> Tensor | None:
+        scaler = self.accelerator.scaler
+        return None if scaler is None else scaler.scale(torch.ones((), device=self.args.device))
+
     def finish_step(self) -> None:
         """Do what is due after the optimizer has moved the weights."""
-        skipped = self.accelerator.optimizer_step_was_skipped
-        groups = [] if skipped or self.optimizer is None else self.optimizer.param_groups
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
         rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
-        penalty = self.pruner.finish_step(self.plan, rates)
+        # Fused optimizers skip a step that overflowed and tell nobody; that the scale fell does, without waiting.
+        now = self._scale_of_loss()
+        moved = None if now is None or self._loss_scale is None else now >= self._loss_scale
+        penalty = self.pruner.finish_step(self.plan, rates, moved)
         if penalty is not None:
             self._means.add("penalty", penalty)
         self._means.end_step()
