@@ -18,7 +18,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from benchmarks import speed_tables, task_tables  # noqa: E402
+from benchmarks import gpu_tables, speed_tables, task_tables  # noqa: E402
 
 DOCUMENTS = (
     REPOSITORY / "README.md",
@@ -53,6 +53,10 @@ LAYOUTS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "cpu_encoder_bfloat16": ("cpu_encoder", partial(speed_tables.encoder_table, dtype="bfloat16")),
     "cpu_linear": ("cpu_linear", speed_tables.linear_table),
     "cpu_deepsparse": ("cpu_deepsparse", speed_tables.deepsparse_table),
+    "gpu_shapes": ("gpu_linear", gpu_tables.shapes_table),
+    "gpu_densities": ("gpu_linear", gpu_tables.densities_table),
+    "gpu_rivals": ("gpu_linear", gpu_tables.rivals_table),
+    "gpu_models": ("gpu_models", gpu_tables.models_table),
     "cropping": ("cropping", task_tables.cropping_table),
     "tasks": ("tasks", task_tables.tasks_table),
     "int8_values": ("int8_values", task_tables.int8_table),
