@@ -42,17 +42,18 @@ def expand(grid: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Give the cells of a grid in their order, each once.
 
     Args:
-        grid: the YAML; each entry of `cells` has the axes as a value or a list of values (blocks as "8x1").
+        grid: the YAML; each entry of `cells` has the axes as a value or a list of values (blocks as "8x1"),
+            and may name a `stack` of its own.
 
     Yields:
-        {task, method, block (h, w), sparsity, seed, name}.
+        {task, method, block (h, w), sparsity, seed, name, stack}.
 
     Raises:
         ValueError: for an entry with an unknown key, task or method.
     """
     seen = set()
     for entry in grid["cells"]:
-        if unknown := set(entry) - set(AXES):
+        if unknown := set(entry) - {*AXES, "stack"}:
             raise ValueError(f"cells: {entry} has {sorted(unknown)[0]!r}, which is none of {list(AXES)}.")
         values = [entry[axis] if isinstance(entry[axis], list) else [entry[axis]] for axis in AXES]
         for task, method, block, sparsity, seed in itertools.product(*values):
@@ -65,7 +66,7 @@ def expand(grid: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                 shape = [int(side) for side in block.split("x")]
                 yield {
                     "task": task, "method": method, "block": shape, "sparsity": float(sparsity), "seed": seed,
-                    "name": name,
+                    "name": name, "stack": entry.get("stack"),
                 }  # fmt: skip
 
 

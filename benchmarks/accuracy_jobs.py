@@ -37,7 +37,7 @@ def make_stacks(cells: Iterable[Mapping[str, Any]], grid: Mapping[str, Any]) -> 
     for cell in cells:
         method = grid["methods"][cell["method"]]
         batch = method.get("per_device_train_batch_size")
-        key = (cell["task"], method.get("start", "dense"), method.get("epochs"), batch, method.get("stack"))
+        key = (cell["task"], method.get("start", "dense"), method.get("epochs"), batch, cell["stack"])
         if key not in filling or len(filling[key]) >= grid["stack_size"]:
             filling[key] = []
             stacks.append(filling[key])
@@ -101,7 +101,6 @@ def run_stack(
     settings, extras, starts = [], [], []
     for cell in cells:
         method = dict(grid["methods"][cell["method"]])
-        method.pop("stack", None)
         starts.append(method.pop("start", "dense"))
         extras.append(method.pop("extra", {}))
         epochs = method.pop("epochs", task["epochs"])
@@ -134,9 +133,9 @@ def run_stack(
     known = {kind: values[: min(own, grid["train_probe_rows"])] for kind, values in rows.items()}
     dev = {kind: values[: grid.get("max_dev_rows")] for kind, values in data["dev"].items()}
     evaluations = task.get("evaluations", grid["evaluations"])
-    found = train(
-        stack, evaluations, on(dev, device), on(known, device), deadline, grid["training"]["logging_steps"], tell
-    )
+    probe = {kind: values[: grid.get("dev_probe_rows")] for kind, values in dev.items()}
+    logging_steps, sets = grid["training"]["logging_steps"], [on(some, device) for some in (dev, probe, known)]
+    found = train(stack, evaluations, sets[0], sets[1], sets[2], deadline, logging_steps, tell)
     results: list[dict[str, Any]] = [{}] * len(cells)
     for slot, n in enumerate(order):
         about = {"epochs": int(configs[n].num_train_epochs), "train_rows": own, "dev_rows": len(dev["labels"])}

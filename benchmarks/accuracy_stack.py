@@ -355,11 +355,11 @@ class _Adam:
         width = stack.flat.shape[1]
         starts = [stack.bounds[f"bert.encoder.layer.{i}.attention.self.query.weight"][0] for i in range(stack.depth)]
         ends = [*starts[1:], stack.bounds["bert.pooler.dense.weight"][0]]
-        self.parts = [slice(0, width)] if not grafts else [slice(a, b) for a, b in zip(starts, ends, strict=True)]
-        self.parts += [slice(ends[-1], width)] if grafts else []
+        cut = [slice(a, b) for a, b in zip(starts, ends, strict=True)] + [slice(ends[-1], width)]
+        self.parts = {begin: cut if begin in grafts else [slice(0, width)] for begin, _ in self.groups}
         self.counts = {
             (begin, i): torch.zeros((), device=stack.flat.device)
-            for begin, _ in self.groups for i in range(len(self.parts))
+            for begin, _ in self.groups for i in range(len(self.parts[begin]))
         }  # fmt: skip
 
     @torch.no_grad()
@@ -374,15 +374,11 @@ class _Adam:
         """Move the weights."""
         flats = (self.stack.flat, self.stack.grad, self.mean, self.square)
         for begin, end in self.groups:
-            runs = own.get(begin, ())
-            parts = [i for i in range(len(self.parts)) if i >= len(runs) or runs[i]]
+            runs, cut = own.get(begin, ()), self.parts[begin]
+            parts = [i for i in range(len(cut)) if i >= len(runs) or runs[i]]
             counts = [self.counts[begin, i] for i in parts]
             torch._foreach_add_(counts, 1)
-            lists = [[flat[begin:end, self.parts[i]] for i in parts] for flat in flats]
-            if len(self.parts) > 1 and end - begin > 1:
-                # The fused kernel wants dense tensors: one row after the other.
-                lists = [[flat[n, self.parts[i]] for n in range(begin, end) for i in parts] for flat in flats]
-                counts = [count for _ in range(begin, end) for count in counts]
+            lists = [[flat[begin:end, cut[i]] for i in parts] for flat in flats]
             torch._fused_adamw_(
                 lists[0], lists[1], lists[2], lists[3], [], counts, amsgrad=False, lr=rates[begin],
                 beta1=self.betas[0], beta2=self.betas[1], weight_decay=0.0, eps=self.epsilon, maximize=False,
@@ -390,7 +386,7 @@ class _Adam:
 
 
 def train(
-    stack: Stack, evaluations: int, dev: Rows, known: Rows, deadline: float, logging_steps: int,
+    stack: Stack, evaluations: int, dev: Rows, probe: Rows, known: Rows, deadline: float, logging_steps: int,
     tell: Callable[[str], None],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Train a stack to its end.
@@ -398,7 +394,7 @@ def train(
     Args:
         stack: before its first step.
         evaluations: how many, the last one at the last step.
-        dev, known: rows to evaluate on, known ones being from the training rows.
+        dev, probe, known: rows to evaluate on: at the end, before it, and those known from training.
         deadline: `time.monotonic()` at which to give up.
         logging_steps: steps per entry of the course.
         tell: takes a line about the progress.
@@ -434,10 +430,16 @@ def train(
         if stack.step % (16 * logging_steps) == 0:
             tell(f"step {stack.step}/{stack.total}, {time.monotonic() - begin:.1f} s")
         if stack.step % every == 0 or stack.step == stack.total:
-            values = torch.stack([*stack.evaluate(dev), *stack.evaluate(known)], 1).tolist()
+            some = dev if stack.step == stack.total else probe
+            values = torch.stack([*stack.evaluate(some), *stack.evaluate(known)], 1).tolist()
             for k in range(n):
                 keys = ("dev_accuracy", "dev_loss", "train_accuracy", "train_loss")
-                at = {"step": stack.step, "sparsity": plans[k].sparsity, "final_sparsity": plans[k].final_sparsity}
+                at = {
+                    "step": stack.step,
+                    "dev_rows": len(some),
+                    "sparsity": plans[k].sparsity,
+                    "final_sparsity": plans[k].final_sparsity,
+                }
                 measured[k].append({**at, **dict(zip(keys, values[k], strict=True))})
             used = time.monotonic() - begin
             tell(

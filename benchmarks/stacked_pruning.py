@@ -11,9 +11,9 @@ from torch import Tensor
 
 from benchmarks.stacked_bert import StackedBert
 from benchmarks.stacked_units import check_units, shape_in, tie_units_
-from hf_sparse.core.blocks import BlockShape, expand_mask
+from hf_sparse.core.blocks import BlockShape, block_norms, expand_mask, scale_blocks_
 from hf_sparse.training.importance import magnitude
-from hf_sparse.training.penalty import next_coef, penalty_gradient, proximal_shrink_
+from hf_sparse.training.penalty import next_coef
 from hf_sparse.training.schedules import StepPlan
 
 DAMPING = 0.01
@@ -192,16 +192,9 @@ class StackedPruner:
             weight[members] = least_squares(weight[members], mask[members], damped(self.moments[name][slots]), steps)
 
     @torch.no_grad()
-    def add_gradients(self, plans: Sequence[StepPlan]) -> list[float | Tensor]:
+    def add_gradients(self, plans: Sequence[StepPlan]) -> None:
         """Add penalty gradients in loss form, and remember what gradients tell about blocks; before clipping."""
-        penalties: list[float | Tensor] = [0.0] * len(plans)
-        for n, plan in enumerate(plans):
-            if plan.penalty_weight and self.configs[n].penalty_form == "loss":
-                for name in self.stack.targets:
-                    shape, grad = self._shape(n, name), self.stack.grads[f"{name}.weight"]
-                    value, gradient = penalty_gradient(self.weight(name)[n], shape, self.coefs.get((n, name)))
-                    grad[n].add_(gradient, alpha=plan.penalty_weight)
-                    penalties[n] = penalties[n] + value
+        self._penalise(plans, "loss", None)
         if self.taylor_of and not all(plans[n].final_sparsity for n in self.taylor_of):
             shape = self.configs[self.taylor_of[0]].block_shape
             for name in self.stack.targets:
@@ -213,7 +206,6 @@ class StackedPruner:
                 new = torch.where(squared[:, None, None], sums.square(), -sums)
                 old = self.gradients.get(name)
                 self.gradients[name] = new if old is None else old.lerp_(new, 0.02)
-        return penalties
 
     def apply_to_grads_(self) -> None:
         """Set gradients of pruned blocks to zero."""
@@ -229,14 +221,31 @@ class StackedPruner:
     @torch.no_grad()
     def finish_step(self, plans: Sequence[StepPlan], rates: Sequence[float]) -> None:
         """Shrink blocks (proximal form) and set pruned blocks back to zero."""
-        for n, plan in enumerate(plans):
-            if plan.penalty_weight and self.configs[n].penalty_form == "proximal":
-                for name in self.stack.targets:
-                    shape = self._shape(n, name)
-                    proximal_shrink_(
-                        self.weight(name)[n], shape, self.coefs.get((n, name)), plan.penalty_weight * rates[n]
-                    )
+        self._penalise(plans, "proximal", rates)
         self.apply_()
+
+    def _penalise(self, plans: Sequence[StepPlan], form: str, rates: Sequence[float] | None) -> None:
+        # For the cells of one block shape at once: 8 kernels per layer, however many cells there are.
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for n, plan in enumerate(plans):
+            if plan.penalty_weight and self.configs[n].penalty_form == form:
+                groups.setdefault((self.configs[n].block_shape, self.configs[n].feed_forward), []).append(n)
+        for members in groups.values():
+            strength = torch.tensor([plans[n].penalty_weight * (1.0 if rates is None else rates[n]) for n in members])
+            strength = strength.to(self.stack.flat.device)[:, None, None]
+            for name in self.stack.targets:
+                weight, shape = self.weight(name)[members], self._shape(members[0], name)
+                n, rows, columns = weight.shape
+                norm = block_norms(weight.view(n * rows, columns), shape).view(n, -1, columns // shape[1])
+                coefs = [self.coefs.get((k, name)) for k in members]
+                coef = torch.stack([norm.new_ones(norm.shape[1:]) if c is None else c for c in coefs])
+                pull = strength * coef / torch.where(norm > 0, norm, 1.0) * (norm > 0)
+                factor = pull if form == "loss" else (1.0 - pull).clamp_(min=0.0)
+                scale_blocks_(weight.view(n * rows, columns), factor.flatten(0, 1), shape)
+                if form == "loss":
+                    self.stack.grads[f"{name}.weight"][members] += weight
+                else:
+                    self.weight(name)[members] = weight
 
     def sparsity(self) -> list[float]:
         """Give the fraction of weights removed, per model."""

@@ -20,7 +20,11 @@ _VERSION = 1
 
 
 def save_state(
-    folder: str | os.PathLike[str], masks: BlockMasks, coefs: Mapping[str, Tensor], facts: Mapping[str, Any]
+    folder: str | os.PathLike[str],
+    masks: BlockMasks,
+    coefs: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+    squares: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write masks and coefficients beside a dense checkpoint, whole or not at all.
 
@@ -29,8 +33,10 @@ def save_state(
         masks: all masks of the run.
         coefs: {name: [R, C]} reweighting coefficients; empty before the first reweighting.
         facts: plain values that a resumed run has to agree with, such as the teacher's fingerprint.
+        squares: {name: mean} of squared gradients, where the optimizer keeps none itself.
     """
     tensors = {f"{name}.mask": mask for name, mask in masks.state_dict().items()}
+    tensors |= {f"{name}.square": square.detach().cpu().contiguous() for name, square in (squares or {}).items()}
     tensors |= {f"{name}.coef": coef.detach().cpu().contiguous() for name, coef in coefs.items()}
     shapes = {name: list(shape) for name, shape in masks.block_shapes.items()}
     state = {"version": _VERSION, "block_shapes": shapes, "scope": masks.scope, "facts": dict(facts)}
@@ -72,6 +78,13 @@ def load_state(folder: str | os.PathLike[str], masks: BlockMasks, facts: Mapping
     _compare(file, state, masks, facts)
     masks.load_state_dict({k.removesuffix(".mask"): v for k, v in tensors.items() if k.endswith(".mask")})
     return {k.removesuffix(".coef"): v for k, v in tensors.items() if k.endswith(".coef")}
+
+
+def load_squares(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read the running means of squared gradients of a checkpoint that `load_state` has accepted; often empty."""
+    with safe_open(Path(folder) / STATE_FILE, framework="pt") as handle:
+        keys = [key for key in handle.keys() if key.endswith(".square")]  # noqa: SIM118 (no mapping)
+        return {key.removesuffix(".square"): handle.get_tensor(key) for key in keys}
 
 
 def _compare(file: Path, state: dict[str, Any], masks: BlockMasks, facts: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "sparsity_scope": ("layer", "global"),
     "sparsity_schedule": ("cubic", "linear", "one_shot"),
     "embedding_pooling": ("mean", "cls", "last"),
-    "importance": ("magnitude", "activation"),
+    "importance": ("magnitude", "activation", "fisher"),
     "penalty_form": ("loss", "proximal"),
     "save_format": ("compressed", "dense", "cropped"),
 }
@@ -89,7 +89,9 @@ class SparseDistillConfig(TrainingArguments):
         100, "How many times the masks are chosen anew between sparsity_start and sparsity_end."
     )
     importance: str = _field(
-        "magnitude", 'How blocks are ranked: "magnitude" (L2 norm) or "activation" (times the size of the inputs).'
+        "magnitude",
+        'How blocks are ranked: by their weights ("magnitude"), these times their inputs ("activation") or '
+        'gradients ("fisher").',
     )
     penalty_weight: float = _field(0.0, "Weight lambda of the reweighted group lasso; 0 = off.")
     penalty_form: str = _field(

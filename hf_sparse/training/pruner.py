@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from hf_sparse.training.importance import magnitudes
 from hf_sparse.training.masks import BlockMasks
 from hf_sparse.training.penalty import coef_of_norms, gradient_factors, lasso_of_norms, shrink_factors
 from hf_sparse.training.schedules import StepPlan
+from hf_sparse.training.sensitivity import SquaredGradients
 from hf_sparse.training.units import tie_scores
 
 logger = logging.getLogger(__name__)
@@ -64,14 +65,18 @@ class Pruner:
         self.masks = BlockMasks(targets, shapes, config.sparsity_scope)
         self.masks.check_budgets(config.sparsity)
         self.coefs: dict[str, Tensor] = {}
+        self.squares = SquaredGradients(targets)
 
     @torch.no_grad()
-    def begin_step(self, plan: StepPlan, measure: Callable[[], Mapping[str, Tensor]] | None = None) -> None:
+    def begin_step(
+        self, plan: StepPlan, measure: Callable[[], Mapping[str, Tensor]] | None = None, optimizer: Any = None
+    ) -> None:
         """Take coefficients and masks anew where the plan says so; rank 0 decides for all ranks, which then compare.
 
         Args:
             plan: the step's plan.
             measure: gives `importance.input_rms` of the step's batch; needed for importance="activation" alone.
+            optimizer: what moves the weights; read for importance="fisher" alone.
 
         Raises:
             ValueError: if it is needed and missing.
@@ -85,7 +90,7 @@ class Pruner:
             broadcast_from_rank_0_(self.coefs)
         if plan.update_masks:
             check_agreement(self.masks.masks, f"before the mask update of step {plan.step}")
-            scores = tie_scores(self._scores(measure), self.parts)
+            scores = tie_scores(self._scores(measure, optimizer), self.parts)
             self.masks.choose(plan.sparsity, scores)
             broadcast_from_rank_0_(self.masks.masks)
             check_agreement(self.masks.masks, f"after the mask update of step {plan.step}")
@@ -119,6 +124,17 @@ class Pruner:
             shape = self.masks.block_shapes[name]
             add_scaled_blocks_(grad, weight_view(module), factors, shape, plan.penalty_weight)
         return torch.stack(values).sum()
+
+    def watch_gradients(self, plan: StepPlan, optimizer: Any, moved: Tensor | None = None) -> None:
+        """Remember what the step's gradients tell about the weights, if masks are still chosen by it.
+
+        Args:
+            plan: the step's plan.
+            optimizer: what has moved the weights.
+            moved: whether it did, a bool scalar; None = yes.
+        """
+        if self.config.importance == "fisher" and not plan.final_sparsity:
+            self.squares.watch(optimizer, moved)
 
     @torch.no_grad()
     def finish_step(
@@ -173,10 +189,14 @@ class Pruner:
                 "training ended with weights in pruned blocks: something wrote to them after the last step."
             )
 
-    def _scores(self, measure: Callable[[], Mapping[str, Tensor]] | None) -> dict[str, Tensor]:
+    def _scores(self, measure: Callable[[], Mapping[str, Tensor]] | None, optimizer: Any) -> dict[str, Tensor]:
         weights, shapes = dict(self.masks.weights()), self.masks.block_shapes
         if self.config.importance == "magnitude":
             return magnitudes(norms_of_blocks(weights, shapes), shapes)
+        if self.config.importance == "fisher":
+            squares = self.squares.means(optimizer)
+            felt = {name: weight * squares[name].sqrt().to(weight.dtype) for name, weight in weights.items()}
+            return magnitudes(norms_of_blocks(felt, shapes), shapes)
         if measure is None:
             raise ValueError(f"importance={self.config.importance!r} looks at a batch: pass measure to begin_step.")
         rms = measure()

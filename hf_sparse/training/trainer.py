@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_sparse.hub.card import CARD_FILE, is_rendered, write_card
-from hf_sparse.training.checkpoint import check_writable, load_state, save_state
+from hf_sparse.training.checkpoint import check_writable, load_squares, load_state, save_state
 from hf_sparse.training.config import SparseDistillConfig
 from hf_sparse.training.distiller import Distiller
 from hf_sparse.training.distributed import Engine
@@ -148,7 +148,7 @@ class SparseDistillTrainer(ResumingTrainer):
     def begin_step(self) -> None:
         """Do what is due before the forward of an optimizer step."""
         self._plan = plan_step(self.args, self.state.global_step, self.state.max_steps)
-        self.pruner.begin_step(self.plan, self._input_rms)
+        self.pruner.begin_step(self.plan, self._input_rms, self.optimizer)
         reset_optimizer(self.args, self.optimizer, self.plan.step, self.state.max_steps)
 
     def _input_rms(self) -> dict[str, Tensor]:
@@ -221,6 +221,7 @@ class SparseDistillTrainer(ResumingTrainer):
         # Fused optimizers skip a step that overflowed and tell nobody; that the scale fell does, without waiting.
         now = self._scale_of_loss()
         moved = None if now is None or self._loss_scale is None else now >= self._loss_scale
+        self.pruner.watch_gradients(self.plan, self.optimizer, moved)
         penalty = self.pruner.finish_step(self.plan, rates, moved)
         if penalty is not None:
             self._means.add("penalty", penalty)
@@ -250,6 +251,7 @@ class SparseDistillTrainer(ResumingTrainer):
         coefs = load_state(resume_from_checkpoint, self.pruner.masks, self._agreed_facts())
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.pruner.coefs = coefs
+        self.pruner.squares.own = load_squares(resume_from_checkpoint)
         self.distiller.load(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
@@ -264,7 +266,7 @@ class SparseDistillTrainer(ResumingTrainer):
         if is_checkpoint:
             super().save_model(output_dir, _internal_call)
             if self.args.should_save:
-                save_state(folder, self.pruner.masks, self.pruner.coefs, self._agreed_facts())
+                save_state(folder, self.pruner.masks, self.pruner.coefs, self._agreed_facts(), self.pruner.squares.own)
                 self.distiller.save(folder)
             return
         whole = self.engine.whole(self.student, keep=self.args.should_save)

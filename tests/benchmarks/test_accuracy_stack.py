@@ -24,6 +24,7 @@ CELLS: dict[str, dict[str, Any]] = {
     "agp": {"kd_weight": 0.0, "sparsity": 0.5},
     "activation": {"hidden_weight": 1.0, "importance": "activation"},
     "tiles": {"block_height": 8, "block_width": 4, "seed": 2},
+    "fisher": {"importance": "fisher", "sparsity_scope": "global", "hidden_weight": 1.0},
     "single weights": {"block_height": 1, "block_width": 1, "importance": "activation", "kd_temperature": 4.0},
     "hybrid": {"preset": "hybrid", "block_width": 4, "importance": "activation", "penalty_weight": 1e-3},
     "global": {"sparsity_scope": "global", "sparsity": 0.6},
@@ -157,7 +158,7 @@ def test_batches_hold_every_row_once_per_epoch_and_one_length_for_all_seeds() ->
 def test_a_stack_is_measured_as_it_goes_and_stops_at_the_deadline(tmp_path: Path) -> None:
     rows, told = make_rows(128), list[str]()
     stack = make_stack(tmp_path, rows, ["agp", "activation"])
-    found = train(stack, 2, on(rows, CPU), on(rows, CPU), time.monotonic() + 600, 5, told.append)
+    found = train(stack, 2, on(rows, CPU), on(rows, CPU), on(rows, CPU), time.monotonic() + 600, 5, told.append)
     assert [at["step"] for at in found[1]["dev"]] == [16, 32] and len(told) == 2
     assert found[1]["sparsity_reached"] == pytest.approx(0.75, abs=0.01) and found[1]["dev"][-1]["final_sparsity"]
     assert found[1]["train"][-1]["step"] == 32 and found[1]["train"][-1]["sparsity"] == 0.75
@@ -165,7 +166,7 @@ def test_a_stack_is_measured_as_it_goes_and_stops_at_the_deadline(tmp_path: Path
     assert found[1]["dev"][-1]["dev_loss"] == pytest.approx(plain_loss(model, rows), rel=1e-4)
     late = make_stack(tmp_path, rows, ["dense"])
     with pytest.raises(OutOfTimeError) as stopped:
-        train(late, 1, on(rows, CPU), on(rows, CPU), time.monotonic() - 1, 5, told.append)
+        train(late, 1, on(rows, CPU), on(rows, CPU), on(rows, CPU), time.monotonic() - 1, 5, told.append)
     assert stopped.value.unfinished[0]["stopped_at"] == 0
 
 
