@@ -36,7 +36,7 @@ def test_units_are_counted(inputs: dict[str, torch.Tensor], shifted: bool, expec
 
 def test_one_micro_batch_has_no_factor_at_all() -> None:
     inputs = batch([[1, 2]])
-    assert StepTotals.of([inputs], False, CPU).shares(inputs, False) == dict.fromkeys(UNITS)
+    assert StepTotals.of([inputs], False, CPU).shares(inputs, False) == dict.fromkeys((*UNITS, "sum"))
 
 
 def test_shares_add_up_to_one() -> None:
@@ -45,6 +45,12 @@ def test_shares_add_up_to_one() -> None:
     shares = [totals.shares(part, False) for part in parts]
     for unit, expected in zip(UNITS, ([1 / 6, 5 / 6], [1 / 3, 2 / 3], [2 / 8, 6 / 8]), strict=True):
         assert [float(share[unit]) for share in shares] == pytest.approx(expected)
+
+
+def test_a_loss_that_is_a_sum_is_left_as_it_is_on_one_rank() -> None:
+    parts = [batch([[1, 2]]), batch([[1, 2], [3, 4]])]
+    totals = StepTotals.of(parts, False, CPU)
+    assert [float(totals.shares(part, False)["sum"]) for part in parts] == [1.0, 1.0]
 
 
 def test_nothing_to_count_is_a_share_of_zero() -> None:
