@@ -259,6 +259,18 @@ def test_the_ranges_of_speed_are_those_that_were_measured() -> None:
         assert (float(told[1]), float(told[2])) == (round(min(gains), 1), round(max(gains), 1)), sparsity
 
 
+def test_the_speeds_of_block_shapes_are_those_of_the_table() -> None:
+    table = (ROOT / "docs/kernels.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (fp32|bf16) \| 20% \| (\w+) \| 1 \|(.*)\|$", table, re.MULTILINE)
+    # Tokens 1, 8, 32, 128, 512, then the worst of all cells.
+    gain = {(dtype, block): float(cells.split("|")[3].strip(" x")) for dtype, block, cells in rows}
+    text = " ".join((ROOT / "docs/block_shape.md").read_text(encoding="utf-8").split())
+    single = [gain["fp32", block] for block in ("8x1", "32x1", "32x32")]
+    assert f"32 x 32 are {min(single):.1f} to {max(single):.1f} times as fast" in text
+    half = [f"{gain['bf16', block]:.1f}" for block in ("8x1", "8x2", "32x32")]
+    assert f"8 x 1 being {half[0]} times as fast, 8 x 2 {half[1]} times and 32 x 32 {half[2]} times" in text
+
+
 def test_the_share_of_the_bitmap_is_what_it_is() -> None:
     text = (ROOT / "docs/block_shape.md").read_text(encoding="utf-8")
     for height, width in ((1, 1), (8, 1), (32, 32)):
