@@ -18,12 +18,22 @@ def units_kept(trainer: Any, name: str) -> torch.Tensor:
     return trainer.pruner.masks.masks[name].flatten()
 
 
-@pytest.mark.parametrize("family", ["bert", "llama", "modernbert", "gpt2", "t5"])
-def test_units_are_removed_whole(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "importance"),
+    [
+        ("bert", "activation"),
+        ("bert", "fisher"),
+        ("llama", "fisher"),
+        ("modernbert", "magnitude"),
+        ("gpt2", "fisher"),
+        ("t5", "activation"),
+    ],
+)
+def test_units_are_removed_whole(tmp_path: Path, family: str, importance: str) -> None:
     model, data = family_model(family), family_rows(family)
     trainer = make_trainer(
         model, tmp_path, data, extra={"data_collator": family_batch}, preset="hybrid", block_height=4, block_width=4,
-        sparsity=0.5, max_steps=3, importance="activation", penalty_weight=1e-3,
+        sparsity=0.5, max_steps=3, importance=importance, penalty_weight=1e-3,
     )  # fmt: skip
     trainer.train()
     assert pruned_zero(trainer)
