@@ -132,7 +132,7 @@ class Prepared:
             dense = to_dense(values, index)
         with torch.no_grad():
             state = backend.prepare(values, index)
-            if name == "auto" and isinstance(backend, CountsTokens):
+            if name == "auto" and many == sys.maxsize and isinstance(backend, CountsTokens):
                 wins_from = backend.from_tokens(state)
                 if wins_from is None:
                     backend = get_backend("dense")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import weakref
 from typing import Any
 
 import pytest
@@ -342,10 +343,16 @@ def test_later_calls_launch_what_the_first_compiled(block: tuple[int, int], monk
                 x = torch.randn(tokens, weight.shape[1]).half()
                 right = x.double() @ weight.t() + (0 if given is None else given.double())
                 close(backend.run(x, state, given, activation), activate(right, activation), torch.float16)
+    # Nothing of a call is kept alive but the weight and the bias.
+    x = torch.randn(50, weight.shape[1]).half()
+    y = backend.run(x, state, None, None)
+    alive = weakref.ref(x), weakref.ref(y)
+    del x, y
+    assert [found() for found in alive] == [None, None]
     # The second call of a kind skips everything but the launch.
     again = [value for value in state.launches.values() if callable(value) and not isinstance(value, _Kept)]
-    assert len(again) == 12
-    assert sum(program.launches for program in kept.values()) == 36
+    assert len(again) == 13
+    assert sum(program.launches for program in kept.values()) == 37
 
 
 def _mask(state: Any) -> Tensor:

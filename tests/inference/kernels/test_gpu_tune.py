@@ -130,7 +130,7 @@ def test_without_a_gpu_nothing_is_tuned_and_nothing_begins_early() -> None:
 @pytest.fixture
 def _hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     limits._clear.cache_clear()
-    monkeypatch.setattr(limits, "_clear", lambda device: limits._CLEAR)
+    monkeypatch.setattr(limits, "_clear", lambda device: limits.CLEAR)
 
 
 @pytest.mark.usefixtures("_hopper")
@@ -142,7 +142,7 @@ def test_few_kept_win_and_most_kept_do_not(dtype: torch.dtype) -> None:
     assert not limits.wins_for_many(spec(shape, (64, 64), 0.95, dtype))
     assert limits.wins_until(spec(shape, (64, 64), 1.0, dtype)) == 0
     assert not limits.wins_for_many(spec(shape, (8, 1), 0.1, dtype))
-    assert 16 <= limits.wins_until(spec(shape, (8, 1), 0.1, dtype)) < 512
+    assert 1 <= limits.wins_until(spec(shape, (8, 1), 0.1, dtype)) < 512
 
 
 def test_unknown_chips_need_a_clear_win(monkeypatch: pytest.MonkeyPatch) -> None:

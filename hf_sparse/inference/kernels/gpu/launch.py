@@ -100,7 +100,7 @@ class _Tensor:
 
     __slots__ = ("base", "block_shape", "padding", "shape", "strides")
 
-    def __init__(self, base: Tensor, like: Any) -> None:
+    def __init__(self, base: Tensor | None, like: Any) -> None:
         self.base, self.shape, self.strides = base, like.shape, like.strides
         self.block_shape, self.padding = like.block_shape, like.padding
 
@@ -113,6 +113,8 @@ def _again(
     boxed = not isinstance(args[0], Tensor)
     if boxed:
         x_box, of_values, y_box, *between = args[:_BOXED_OUTPUT]
+        # Their shapes alone: the tensors of this call must not live as long as the weight.
+        x_box, y_box = _Tensor(None, x_box), _Tensor(None, y_box)
         y, *after = args[_BOXED_OUTPUT:]
     else:
         _, *between = args[:_OUTPUT]
