@@ -16,6 +16,7 @@ import gc
 import json
 import os
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -346,14 +347,29 @@ def measure(variants: Sequence[Variant], model: Any, teacher: Any, args: argpars
     return rows
 
 
+def chosen(only: Sequence[str] | None) -> list[Variant]:
+    """Give the variants with these names, and their baselines; all of them for None.
+
+    Raises:
+        ValueError: for a name that there is not.
+    """
+    by_name = {variant.name: variant for variant in VARIANTS}
+    if only is None:
+        return list(VARIANTS)
+    if unknown := [name for name in only if name not in by_name]:
+        raise ValueError(f"--only {unknown[0]!r}: the trainers are {list(by_name)}.")
+    wanted = {*only, *(by_name[name].baseline for name in only)}
+    return [variant for variant in VARIANTS if variant.name in wanted]
+
+
 def groups(args: argparse.Namespace) -> list[list[Variant]]:
     """Sort the variants into runs: one on a GPU; on a CPU as many as its memory holds beside their baselines."""
+    variants = chosen(args.only)
     if args.device == "cuda" or args.smoke:
-        return [list(VARIANTS)]
-    plain = {variant.name: variant for variant in VARIANTS if variant.settings is None}
-    return [list(plain.values())[:2]] + [
-        [plain[str(variant.baseline)], variant] for variant in VARIANTS if variant.settings is not None
-    ]
+        return [variants]
+    plain = {variant.name: variant for variant in variants if variant.settings is None}
+    sparse = [[plain[str(variant.baseline)], variant] for variant in variants if variant.settings is not None]
+    return sparse if args.only else [list(plain.values())[:2], *sparse]
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -364,6 +380,8 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="timed steps of each; 30 on a GPU, 12 on a CPU")
     parser.add_argument("--batch", type=int, help="samples per step; 32 on a GPU, 4 on a CPU")
     parser.add_argument("--length", type=int, help="tokens per sample; 128 on a GPU, 64 on a CPU")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these trainers and their baselines alone")
+    parser.add_argument("--no-memory", action="store_true", help="leave the peaks of memory out")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="benchmarks/results/training_DEVICE.json by default")
     args = parser.parse_args(given)
@@ -386,7 +404,8 @@ def main(given: Sequence[str] | None = None) -> None:
     alone = args.device == "cpu" and not args.smoke
     memory = {
         variant.name: peak_memory_in_child(variant, args) if alone else peak_memory(variant, model, teacher, args)
-        for variant in VARIANTS
+        for variant in chosen(args.only)
+        if not args.no_memory
     }
     gc.collect()
     rows: list[dict[str, Any]] = []
@@ -394,14 +413,14 @@ def main(given: Sequence[str] | None = None) -> None:
         for row in measure(group, model, teacher, args):
             print(json.dumps(row), flush=True)
             if row["name"] not in {other["name"] for other in rows} or "ratio" in row:
-                rows.append({**row, **memory[row["name"]]})
+                rows.append({**row, **memory.get(row["name"], {})})
         gc.collect()
     settings = {"model": "tiny BERT" if args.smoke else "BERT-base", "batch": args.batch, "length": args.length,
                 "steps": args.steps, "block_shape": [8, 1], "sparsity": SPARSITY, "device": args.device,
                 "precision": "bf16 autocast" if args.device == "cuda" else "float32",
                 "parameters": sum(p.numel() for p in model.parameters())}  # fmt: skip
     content = {
-        "command": " ".join(["python benchmarks/training.py", *(given if given is not None else sys.argv[1:])]),
+        "command": shlex.join(["python", "benchmarks/training.py", *(given if given is not None else sys.argv[1:])]),
         **environment(REPOSITORY), "settings": settings, "seconds": round(time.monotonic() - begin, 1),
         "load": os.getloadavg()[0], "rows": rows,
     }  # fmt: skip

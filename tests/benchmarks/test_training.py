@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from benchmarks.training import TINY, USUAL, VARIANTS, Turns, check, groups, make_trainer, measure, peak_memory
+from benchmarks.training import TINY, USUAL, VARIANTS, Turns, check, chosen, groups, make_trainer, measure, peak_memory
 
-ARGS = argparse.Namespace(device="cpu", smoke=True, **USUAL["smoke"])
+ARGS = argparse.Namespace(device="cpu", smoke=True, only=None, **USUAL["smoke"])
 BY_NAME = {variant.name: variant for variant in VARIANTS}
 
 
@@ -58,8 +58,16 @@ def test_every_variant_has_a_baseline_without_hf_sparse() -> None:
             assert BY_NAME[str(variant.baseline)].settings is None
     timed = [variant.name for group in groups(ARGS) for variant in group]
     assert sorted(timed) == sorted(BY_NAME)
-    by_group = groups(argparse.Namespace(device="cpu", smoke=False))
+    by_group = groups(argparse.Namespace(device="cpu", smoke=False, only=None))
     assert {variant.name for group in by_group for variant in group} >= {v.name for v in VARIANTS if v.settings}
+
+
+def test_some_are_chosen_with_their_baselines() -> None:
+    assert [variant.name for variant in chosen(["masks alone"])] == ["trainer", "masks alone"]
+    with pytest.raises(ValueError, match="--only 'nothing': the trainers are"):
+        chosen(["nothing"])
+    pairs = groups(argparse.Namespace(device="cpu", smoke=False, only=["everything"]))
+    assert [[v.name for v in pair] for pair in pairs] == [["trainer + teacher, hidden states", "everything"]]
 
 
 def test_a_run_that_does_not_do_what_it_says_is_refused(models: Any) -> None:

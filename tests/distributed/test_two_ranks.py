@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.distributed import two_ranks
 from tests.distributed.launching import launched_once
 from tests.training.scenarios import TASKS, everything_on, model_for, wider_teacher
 from tests.training.test_speech import ctc
 from tests.training.test_trainer_options import mean_loss
-from tests.training.tiny import assert_same, bert, gradients_of, pad, rows
+from tests.training.tiny import assert_same, bert, gradients_of, make_trainer, pad, rows, weights_of
 
 pytestmark = pytest.mark.dist
 
@@ -54,6 +55,8 @@ def test_two_ranks_give_the_gradients_of_one(ranks: Any, tmp_path: Path, task: s
                 assert_close(first, second, f"{split}, step {step}")
             for mine, theirs in zip(logs, found["logs"], strict=True):
                 assert mine == pytest.approx(theirs, rel=2e-4)
+            assert_same(alone.pruner.masks.state_dict(), found["masks"])
+            assert_close(weights_of(alone.model), found["weights"], f"{split}, final weights")
 
 
 def test_masks_and_coefficients_are_those_of_rank_0(ranks: Any) -> None:
@@ -72,6 +75,26 @@ def test_two_ranks_resume_bit_for_bit(ranks: Any, stop: int) -> None:
     for seen in ranks[1:]:
         assert_same(seen["resume"]["straight"], seen["resume"]["resumed"][stop])
     assert_same(ranks[1]["resume"]["straight"], ranks[2]["resume"]["straight"])
+
+
+def test_one_rank_goes_on_with_a_checkpoint_of_two(ranks: Any, tmp_path: Path) -> None:
+    checkpoint = ranks[0] / "other_world_size" / "checkpoint-3"
+    run = {**two_ranks.RESUMED, "per_device_train_batch_size": 4}
+    trainer = make_trainer(bert(), tmp_path, rows("classes", 24), **run)
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    for seen in ranks[1:]:
+        found = seen["other_world_size"]
+        assert_same(trainer.pruner.masks.state_dict(), found["masks"])
+        for name, weight in weights_of(trainer.model).items():
+            # Adam divides by the size of gradients: where those are all but zero, rounding moves weights.
+            torch.testing.assert_close(found["weights"][name], weight, rtol=2e-3, atol=2e-4)
+
+
+def test_samples_that_neither_ranks_nor_steps_divide(ranks: Any) -> None:
+    first, second = (seen["uneven"] for seen in ranks[1:])
+    assert first["steps"] == second["steps"] == 6
+    assert first["zero"] and second["zero"]
+    assert_same(first["weights"], second["weights"])
 
 
 def test_a_checkpoint_of_two_ranks_is_ordinary(ranks: Any) -> None:

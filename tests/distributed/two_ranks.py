@@ -17,7 +17,7 @@ from hf_sparse.training import pruner
 from tests.training.scenarios import TASKS, everything_on, model_for, set_quiet, wider_teacher
 from tests.training.test_speech import ctc
 from tests.training.test_trainer_options import mean_loss, sum_loss
-from tests.training.tiny import CHECKPOINTING, Watch, bert, gradients_of, make_trainer, rows, weights_of
+from tests.training.tiny import CHECKPOINTING, Watch, bert, gradients_of, make_trainer, pruned_zero, rows, weights_of
 
 RESUMED = {
     "max_steps": 6, "sparsity": 0.6, "sparsity_end": 0.7, "mask_updates": 2, "penalty_weight": 1e-3, "kd_weight": 0.5,
@@ -48,7 +48,10 @@ def invariance(folder: Path) -> dict[str, Any]:
             trainer = everything_on(task, folder, per_device, accumulate, logging_strategy="steps", logging_steps=1)
             gradients = gradients_of(trainer)
             logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-            seen[f"{task} {per_device} x {accumulate}"] = {"gradients": gradients, "logs": logs}
+            seen[f"{task} {per_device} x {accumulate}"] = {
+                "gradients": gradients, "logs": logs, "masks": trainer.pruner.masks.state_dict(),
+                "weights": weights_of(trainer.model),
+            }  # fmt: skip
     return seen
 
 
@@ -92,6 +95,20 @@ def resume(folder: Path) -> dict[str, Any]:
     stops = (1, 3, 5, 6)
     resumed = {n: run(f"from-{n}", resume_from_checkpoint=str(folder / "straight" / f"checkpoint-{n}")) for n in stops}
     return {"straight": straight, "resumed": resumed}
+
+
+def other_world_size(folder: Path) -> dict[str, Any]:
+    """Weights of a run whose checkpoints one rank alone goes on with."""
+    trainer = make_trainer(bert(), folder, rows("classes", 24), **RESUMED, save_strategy="steps", save_steps=3)
+    trainer.train()
+    return {"weights": weights_of(trainer.model), "masks": trainer.pruner.masks.state_dict()}
+
+
+def uneven(folder: Path) -> dict[str, Any]:
+    """A run over samples that neither ranks nor steps divide: 11 samples, 2 x 2 x 2 per step."""
+    trainer = make_trainer(bert(), folder, rows("classes", 11), **{**RESUMED, "max_steps": -1, "num_train_epochs": 3})
+    trainer.train()
+    return {"weights": weights_of(trainer.model), "steps": trainer.state.global_step, "zero": pruned_zero(trainer)}
 
 
 def evaluation(folder: Path) -> dict[str, Any]:
@@ -200,18 +217,9 @@ def off_target(folder: Path) -> dict[str, Any]:
 
 
 SCENARIOS = (
-    setting,
-    invariance,
-    masks_agree,
-    resume,
-    evaluation,
-    loss_functions,
-    checkpointing,
-    wide,
-    speech,
-    tampering,
-    off_target,
-)
+    setting, invariance, masks_agree, resume, other_world_size, uneven, evaluation, loss_functions, checkpointing,
+    wide, speech, tampering, off_target,
+)  # fmt: skip
 
 
 def main() -> None:
