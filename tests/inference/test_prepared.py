@@ -133,3 +133,41 @@ def test_more_tokens_and_fewer_blocks_never_lose_a_win() -> None:
         starts.append(backend.from_tokens(backend.prepare(module.weight, index)) or 10**9)
     assert starts == sorted(starts)
     assert starts[0] < 64
+
+
+def test_a_backend_that_wins_for_few_and_never_for_many_keeps_the_few(
+    plain: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Few(BandedBackend):
+        def wins(self, spec: Any) -> bool:
+            return False
+
+        def until_tokens(self, spec: Any) -> int:
+            return 8
+
+        def from_tokens(self, state: Any) -> int | None:
+            return None
+
+    monkeypatch.setitem(registry._BACKENDS, "torch", Few())
+    weight, module = layer((64, 48), (8, 1), 0.3)
+    x = torch.randn(9, 48)
+    torch.testing.assert_close(module(x), x @ weight.t() + 1, rtol=1e-4, atol=1e-4)
+    ready = module._prepared
+    assert ready is not None and ready.backend.name == "torch"
+    assert [ready.runs_dense(tokens) for tokens in (1, 8, 9)] == [False, False, True]
+
+
+def test_a_backend_that_wins_at_both_ends_runs_dense_between(plain: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ends(BandedBackend):
+        def until_tokens(self, spec: Any) -> int:
+            return 2
+
+        def from_tokens(self, state: Any) -> int | None:
+            return 100
+
+    monkeypatch.setitem(registry._BACKENDS, "torch", Ends())
+    _, module = layer((1536, 384), (32, 1), 0.05)
+    module(torch.randn(3, 384))
+    ready = module._prepared
+    assert ready is not None
+    assert [ready.runs_dense(tokens) for tokens in (1, 2, 3, 99, 100)] == [False, False, True, True, False]
