@@ -68,4 +68,7 @@ def tasks_table(results: dict[str, Any]) -> str:
         cells += [f"{row['dense_dev_loss']:.3f}", f"{row['dev_loss']:.3f}", str(row["steps"])]
         cells.append(f"{row['dense_bytes'] / 1e6:.2f} -> {row['bytes'] / 1e6:.2f} MB")
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", f"- `{results['command']}`; every command is in its JSON."])
+    notes = [
+        f"- {names[row['task']]}, {row['sparsity']:.0%}: {row['note']}" for row in results["rows"] if "note" in row
+    ]
+    return "\n".join([*lines, "", *notes, f"- `{results['command']}`; every command is in its JSON."])

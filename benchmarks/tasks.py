@@ -62,7 +62,7 @@ def task_of(name: str) -> str:
 
 
 def collect(name: str, folder: Path, floor: float | None) -> dict[str, Any]:
-    """Read what a run has measured."""
+    """Read what a run has measured, and what somebody has to say of it in note.txt."""
     results = json.loads((folder / "all_results.json").read_text())
     state = json.loads((folder / "trainer_state.json").read_text())
     facts = json.loads((folder / "hf_sparse_card.json").read_text())
@@ -78,6 +78,8 @@ def collect(name: str, folder: Path, floor: float | None) -> dict[str, Any]:
         "command": f"python {RUNS[name]} --output_dir WORK/{name}", "hardware": facts["cost"]["hardware"],
         "versions": facts["versions"],
     }  # fmt: skip
+    if (folder / "note.txt").is_file():
+        row["note"] = (folder / "note.txt").read_text(encoding="utf-8").strip()
     if task == "qa":
         row |= {"exact_match": results["eval_exact_match"], "dense_exact_match": results["dense_exact_match"]}
     else:

@@ -267,6 +267,8 @@ def run(arguments: Arguments) -> None:
         metrics |= {f"floor_{key}": value for key, value in floor.items()}
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
+    # Trainer would group what it predicts by length as well, and hand the answers back in that order.
+    args.train_sampling_strategy = "random"
     for split in [split for split in data if split.startswith("test")]:
         predicted = metric.answers(trainer.predict(data[split]).predictions)
         if trainer.is_world_process_zero():

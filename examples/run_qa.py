@@ -24,6 +24,7 @@ from typing import Any
 import tiny_tasks
 from common import Loader, ModelArguments, dense_model, finish, load_splits, option, parse, prune, start, teacher_model
 from squad_answers import SquadMetric, encode, read_squad, split_articles
+from torch.utils.data import SequentialSampler
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, DataCollatorWithPadding, Trainer
 
 from hf_sparse import SparseDistillConfig, SparseDistillTrainer
@@ -45,6 +46,21 @@ class DataTrainingArguments:
     max_train_samples: int | None = option(None, "Take only so many questions, drawn at random.")
     max_eval_samples: int | None = option(None, "Take only so many questions, drawn at random.")
     smoke: bool = option(False, "Try the script in seconds, offline, on a tiny model and a made-up task.")
+
+
+class InOrder:
+    """Evaluates in the order of the data, which answers are found by, also where training groups samples by length."""
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:
+        return SequentialSampler(eval_dataset)
+
+
+class QuestionAnsweringTrainer(InOrder, Trainer):
+    """Trains the dense model."""
+
+
+class SparseQuestionAnsweringTrainer(InOrder, SparseDistillTrainer):
+    """Prunes it."""
 
 
 def load_data(data_args: DataTrainingArguments, cache_dir: str | None) -> Any:
@@ -102,14 +118,14 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, args: Spar
         "compute_metrics": metric,
     }
     load = Loader(AutoModelForQuestionAnswering, **where)
-    model = dense_model(load, model_args, args, checkpoint, **common)
+    model = dense_model(load, model_args, args, checkpoint, QuestionAnsweringTrainer, **common)
     trainer: Trainer
     if args.do_train:
         teacher = teacher_model(load, model_args)
-        trainer = SparseDistillTrainer(model, args, teacher_model=teacher, **common)
+        trainer = SparseQuestionAnsweringTrainer(model, args, teacher_model=teacher, **common)
         metrics = prune(trainer, checkpoint)
     else:
-        trainer = Trainer(model, args, **common)
+        trainer = QuestionAnsweringTrainer(model, args, **common)
         metrics = trainer.evaluate()
     dataset = data_args.dataset_name or Path(str(data_args.train_file or data_args.validation_file)).name
     finish(trainer, metrics, ["exact_match", "f1"], tasks="question-answering", finetuned_from=name, dataset=dataset)

@@ -123,10 +123,17 @@ class SquadMetric:
         self.of_example: dict[str, list[int]] = collections.defaultdict(list)
         for i, name in enumerate(features["example_id"]):
             self.of_example[name].append(i)
+        self.positions = [np.asarray(features[name]) for name in ("start_positions", "end_positions")]
         self.answers: dict[str, str] = {}
 
     def __call__(self, output: Any) -> dict[str, float]:
-        """Compute both for what `Trainer` hands to `compute_metrics`; the answers stay in `answers`."""
+        """Compute both for what `Trainer` hands to `compute_metrics`; the answers stay in `answers`.
+
+        Raises:
+            ValueError: if the predictions are not in the order of the features.
+        """
+        if not all(map(np.array_equal, output.label_ids, self.positions)):
+            raise ValueError("predictions come in another order than the features, so that answers would be mixed up.")
         start, end = output.predictions[:2]
         exact, f1 = [], []
         for row in self.examples:

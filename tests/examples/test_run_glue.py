@@ -70,6 +70,16 @@ def test_smoke_does_everything_and_says_so(tmp_path: Path, capsys: pytest.Captur
     assert (tmp_path / "out/trainer_state.json").is_file()
 
 
+def test_predictions_stand_in_the_order_of_the_rows(made: Path, tmp_path: Path) -> None:
+    given = [f"--model_name_or_path={made / 'classifier'}", f"--test_file={made / 'test.csv'}", *QUIET, "--do_predict"]
+    texts = []
+    for strategy in ("random", "group_by_length"):
+        options = ["--train_sampling_strategy", strategy, "--output_dir", str(tmp_path / strategy)]
+        run_glue.main([*given, *options, "--per_device_eval_batch_size", "4"])
+        texts.append((tmp_path / strategy / "predict_results_test.txt").read_text())
+    assert texts[0] == texts[1] and len(set(texts[0].split())) > 60
+
+
 def test_the_card_holds_both_scores_and_the_data(made: Path, base: list[str], tmp_path: Path) -> None:
     run_glue.main([*base, *SHORT, "--output_dir", str(tmp_path)])
     facts, measured = facts_from_folder(tmp_path), results(tmp_path)

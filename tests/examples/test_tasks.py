@@ -214,10 +214,30 @@ def test_right_logits_give_the_text_of_the_answer_back(tokenizer: Any) -> None:
             # A better score for an answer that ends before it begins, or lies in the question, counts for nothing.
             end[i, 1] = 9.0
     metric = squad_answers.SquadMetric(examples, features)
-    found = metric(SimpleNamespace(predictions=(start, end)))
+    labels = [np.array(features[name]) for name in ("start_positions", "end_positions")]
+    found = metric(SimpleNamespace(predictions=(start, end), label_ids=labels))
     assert metric.answers["0"] == "Paris Rome" and metric.answers["1"] == "A"
     # The third question has no answer, and logits that are the same everywhere give it some.
     assert found["exact_match"] == pytest.approx(200 / 3)
+
+
+def test_predictions_in_another_order_are_refused_and_do_not_occur(tmp_path: Path) -> None:
+    features = Dataset.from_dict({"example_id": ["0", "1"], "offset_mapping": [[None], [None]],
+                                  "start_positions": [3, 5], "end_positions": [4, 5]})  # fmt: skip
+    metric = squad_answers.SquadMetric(Dataset.from_list([]), features)
+    with pytest.raises(ValueError, match="predictions come in another order than the features"):
+        metric(SimpleNamespace(predictions=(None, None), label_ids=([5, 3], [5, 4])))
+    # Trainer groups what it evaluates by length as well, where it is told to group what it trains on.
+    grouped = [
+        "--train_sampling_strategy",
+        "group_by_length",
+        "--num_train_epochs",
+        "1",
+        "--output_dir",
+        str(tmp_path),
+    ]
+    run_qa.main(["--smoke", *QUIET, *grouped])
+    assert results(tmp_path)["dense_f1"] > 90.0
 
 
 def test_exact_match_and_f1_are_those_of_squad() -> None:
