@@ -1,10 +1,10 @@
-"""Write the tables and plots of docs/accuracy.md from results/accuracy.json.
+"""Write the tables and plots of docs/accuracy.md from the JSON files results/accuracy*.json.
 
 Usage: python benchmarks/accuracy_report.py [--check]
 
 --check only tells, by exit status 1, that tables are out of date.
 
-Plots need matplotlib: docs/accuracy-share.png (what each method keeps of dense minus floor) and
+Plots need matplotlib: docs/accuracy-share.png (what is kept of dense minus floor against density, per method) and
 docs/accuracy-course.png (train and dev loss over the steps).
 """
 
@@ -14,61 +14,177 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks/results/accuracy.json", ROOT / "docs/accuracy.md"
+CPU_RESULTS = ROOT / "benchmarks/results/accuracy_cpu.json"
+TRIED = ROOT / "benchmarks/results/accuracy_exploration.json"
+TASKS, LEAD = ("qnli", "mnli", "mrpc"), ("qnli", "mnli")
+RECIPE, CONTROL, SLOWER, SHAPE = "recipe", "agp+kd", "agp+kd, half the learning rate", (8, 1)
+# What the short names of the exploration stand for; the rest of a name is a change to the base.
+_PAIRS = "re-paired sentences"
+_ALONE = "KD alone (T = 4), hidden states x 10"
+NAMES = {
+    "base": "base: activation, each layer its budget, KD, hidden states, learning rate 4e-4",
+    "agp+kd": "magnitude, no hidden states (AGP + KD)", "fisher": "fisher", "globalfisher": "fisher, global budget",
+    "factored": "fisher, factored into rows and columns", "globalrel": "global budget, relative to each layer",
+    "comp": "least squares: kept weights make up for those removed", "lr8": "learning rate 8e-4",
+    "h10": "hidden states x 10", "kd h10 lr8": f"{_ALONE}, 8e-4", "rep h10": f"{_ALONE}, {_PAIRS}",
+    "rep h10 lr8": f"{_ALONE}, {_PAIRS}, 8e-4", "rep h10 lr8 comp": f"{_ALONE}, {_PAIRS}, 8e-4, least squares",
+    "rep h10 lr8 factored": f"{_ALONE}, {_PAIRS}, 8e-4, factored fisher",
+}  # fmt: skip
 _MARKED = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n)(.*?)(<!-- /table:(?P=name) -->)", re.DOTALL)
-_CURVES = 4
+
+Results = Mapping[str, Any]
+Cells = list[dict[str, Any]]
 
 
-def share(cell: Mapping[str, Any], results: Mapping[str, Any], score: str = "last") -> float:
+def dense_score(task: str, results: Results) -> float:
+    """Give the score at the last step of the model that the pruned ones started from."""
+    return float(select(results, task=task, method="dense")[0]["last"])
+
+
+def share(cell: Mapping[str, Any], results: Results, score: str = "last") -> float:
     """Give the part of (dense - floor) that a cell keeps; below 0 where it is worse than a bag of embeddings."""
     floor, dense = results["floors"][cell["task"]]["accuracy"], dense_score(cell["task"], results)
     return (cell[score] - floor) / (dense - floor)
 
 
-def dense_score(task: str, results: Mapping[str, Any]) -> float:
-    """Give the score at the last step of the model that the pruned ones started from."""
-    return next(c["last"] for c in results["cells"] if (c["task"], c["method"]) == (task, "dense"))
-
-
-def groups(task: str, results: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
-    """Sort the finished cells of a task into those that differ by seed alone, best group first, dense on top."""
-    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for cell in results["cells"]:
-        if cell["task"] == task and "failed" not in cell:
-            found.setdefault((cell["method"], *cell["block"], cell["sparsity"]), []).append(cell)
-    return sorted(found.values(), key=lambda cells: (cells[0]["sparsity"], -_mean(c["last"] for c in cells)))
-
-
-def table(task: str, results: Mapping[str, Any]) -> str:
-    """Lay out the cells of a task: one row for each method, block shape and sparsity; failed ones at the end."""
-    floor = results["floors"][task]
-    lines = [
-        "| method | blocks | sparsity | seeds | last step | best dev | kept of dense - floor | train | train - dev |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for cells in groups(task, results):
-        first = cells[0]
-        kept = "" if not first["sparsity"] else f"{_mean(share(c, results) for c in cells):.0%}"
-        shape = "" if not first["sparsity"] else "x".join(map(str, first["block"]))
-        columns = [_spread(cells, key) for key in ("last", "best")]
-        columns += [kept, _spread(cells, "train_last"), _spread(cells, "gap")]
-        lines.append(
-            f"| {first['method']} | {shape} | {first['sparsity']:.0%} | {len(cells)} | {' | '.join(columns)} |"
+def select(results: Results, **wanted: Any) -> Cells:
+    """Give the finished cells with these values; block as (h, w)."""
+    return [
+        cell for cell in results["cells"]
+        if "last" in cell and all(
+            (tuple(cell["block"]) if key == "block" else cell[key]) == value for key, value in wanted.items()
         )
-    lines.append(f"| *floor* (mean word embeddings) | | | | {100 * floor['accuracy']:.1f} | | 0% | | |")
-    lines.append(f"| *commonest answer* | | | | {100 * floor['commonest']:.1f} | | | | |")
-    lines += [
-        f"| {c['name']} | failed: {c['failed']} |" for c in results["cells"] if "failed" in c and c["task"] == task
+    ]  # fmt: skip
+
+
+def mean_share(results: Results, tasks: Sequence[str], **wanted: Any) -> float | None:
+    """Give the mean over tasks of the mean over seeds of what is kept; None where a task has no such cell."""
+    found = [select(results, task=task, **wanted) for task in tasks]
+    if not all(found):
+        return None
+    return _mean(_mean(share(cell, results) for cell in cells) for cells in found)
+
+
+def compare(results: Results, rows: Iterable[tuple[str, Mapping[str, Any]]], tasks: Sequence[str], first: str) -> str:
+    """Lay rows out with a column per task (score, spread over seeds, what is kept) and the mean of what is kept.
+
+    Args:
+        results: as `accuracy.collect` gives them.
+        rows: (label, what selects the row's cells); rows without any cell are left out.
+        tasks: the columns.
+        first: heading of the labels.
+    """
+    lines = [f"| {first} | {' | '.join(task.upper() for task in tasks)} | kept, mean |"]
+    lines.append(f"|---|{'--:|' * len(tasks)}--:|")
+    made = []
+    for label, wanted in rows:
+        columns = [select(results, task=task, **wanted) for task in tasks]
+        if any(columns):
+            kept = mean_share(results, tasks, **wanted)
+            texts = [_score(cells, results) if cells else "" for cells in columns]
+            made.append((kept, f"| {label} | {' | '.join(texts)} | {'' if kept is None else f'{kept:.0%}'} |"))
+    lines += [text for _, text in made]
+    dense = [f"{100 * dense_score(task, results):.1f}" for task in tasks]
+    floors = [f"{100 * results['floors'][task]['accuracy']:.1f}" for task in tasks]
+    return "\n".join([*lines, f"| *dense* | {' | '.join(dense)} | 100% |", f"| *floor* | {' | '.join(floors)} | 0% |"])
+
+
+def methods_table(results: Results, sparsity: float = 0.9) -> str:
+    """Compare all methods at one sparsity in the default blocks, best first."""
+    methods = list(dict.fromkeys(c["method"] for c in select(results, block=SHAPE, sparsity=sparsity)))
+    chosen = {m: {"method": m, "block": SHAPE, "sparsity": sparsity} for m in methods}
+    lead = {m: mean_share(results, LEAD, **wanted) for m, wanted in chosen.items()}
+    order = sorted(methods, key=lambda m: -(lead[m] if lead[m] is not None else -9.0))  # type: ignore[operator]
+    return compare(results, [(m, chosen[m]) for m in order], LEAD, f"method, {sparsity:.0%}, 8 x 1")
+
+
+def sparsity_table(results: Results) -> str:
+    """Compare the recipe with the control over sparsities, on all tasks."""
+    rows = [
+        (f"{method}, {sparsity:.0%}", {"method": method, "block": SHAPE, "sparsity": sparsity})
+        for sparsity in (0.5, 0.8, 0.9, 0.95) for method in (RECIPE, CONTROL)
+    ]  # fmt: skip
+    return compare(results, rows, TASKS, "method, sparsity (8 x 1)")
+
+
+def blocks_table(results: Results) -> str:
+    """Compare block shapes under the recipe."""
+    shapes = [(1, 1), (4, 1), (8, 1), (32, 1), (1, 8), (16, 16), (32, 32)]
+    rows = [
+        (f"{h} x {w}, {sparsity:.0%}", {"method": RECIPE, "block": (h, w), "sparsity": sparsity})
+        for sparsity in (0.8, 0.9) for h, w in shapes
+    ]  # fmt: skip
+    return compare(results, rows, LEAD, "blocks, sparsity")
+
+
+def gap_table(results: Results, sparsity: float = 0.9) -> str:
+    """Lay out scores on training and dev rows, their gap and the best dev score, per task and method."""
+    lines = [
+        "| task | method | train | dev | train - dev | best dev | dev loss | seeds |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
+    for task in LEAD:
+        groups = [[c for c in select(results, task=task) if c["method"] == "dense"]]
+        methods = dict.fromkeys(c["method"] for c in select(results, task=task, block=SHAPE, sparsity=sparsity))
+        groups += [select(results, task=task, method=m, block=SHAPE, sparsity=sparsity) for m in methods]
+        for cells in sorted(groups, key=lambda cells: -_mean(c["last"] for c in cells)):
+            columns = [_spread(cells, key) for key in ("train_last", "last", "gap", "best")]
+            loss = _mean(c["dev_loss"] for c in cells)
+            lines.append(f"| {task} | {cells[0]['method']} | {' | '.join(columns)} | {loss:.3f} | {len(cells)} |")
     return "\n".join(lines)
 
 
-def energy_table(results: Mapping[str, Any]) -> str:
+def goals_table(results: Results) -> str:
+    """Set every goal beside what was reached: means over `TASKS`, or QNLI and MNLI where it says so."""
+    at = {s: {"method": RECIPE, "block": SHAPE, "sparsity": s} for s in (0.5, 0.8, 0.9)}
+    lines = ["| goal | reached | met |", "|---|---|---|"]
+
+    def add(goal: str, text: str, met: bool | None) -> None:
+        lines.append(f"| {goal} | {text} | {'not run' if met is None else 'yes' if met else 'no'} |")
+
+    loss = _points(results, TASKS, at[0.5], {"method": "dense"})
+    add(
+        "50 %: within 0.5 point of dense",
+        "" if loss is None else f"{loss:+.1f} points",
+        None if loss is None else loss >= -0.5,
+    )
+    for sparsity, goal in ((0.8, 0.95), (0.9, 0.85)):
+        kept = mean_share(results, TASKS, **at[sparsity])
+        add(f"{sparsity:.0%}, 8 x 1: at least {goal:.0%} of dense - floor", "" if kept is None else f"{kept:.0%}",
+            None if kept is None else kept >= goal)  # fmt: skip
+    for sparsity in (0.8, 0.9):
+        narrow, single = ({"method": RECIPE, "block": block, "sparsity": sparsity} for block in ((4, 1), (1, 1)))
+        apart = _points(results, LEAD, narrow, single)
+        text = "" if apart is None else f"{apart:+.1f} points"
+        add(f"{sparsity:.0%}: 4 x 1 within 1 point of 1 x 1 (QNLI, MNLI)", text,
+            None if apart is None else apart >= -1.0)  # fmt: skip
+    for method, tasks, note in (
+        (CONTROL, TASKS, "same learning rate"),
+        (SLOWER, LEAD, "AGP + KD at half, QNLI, MNLI"),
+    ):
+        control = {**at[0.9], "method": method}
+        ahead, spread = _points(results, tasks, at[0.9], control), _seed_spread(results, tasks, (at[0.9], control))
+        text = "" if ahead is None else f"{ahead:+.1f} points; standard error over seeds {spread:.1f}"
+        add(f"90 %: recipe at least 1 point above AGP + KD ({note})", text,
+            None if ahead is None else ahead >= 1.0 and ahead > 2 * spread)  # fmt: skip
+    methods = dict.fromkeys(c["method"] for c in select(results, block=SHAPE, sparsity=0.9))
+    shares = {m: mean_share(results, LEAD, **{**at[0.9], "method": m}) for m in methods}
+    known = {m: kept for m, kept in shares.items() if kept is not None}
+    if RECIPE in known:
+        others = {m: kept for m, kept in known.items() if not m.startswith(RECIPE)}
+        best = max(others, key=lambda m: others[m])
+        add("90 %: recipe above every other method (QNLI, MNLI; those that finished)",
+            f"{known[RECIPE]:.0%} kept; next {best} {others[best]:.0%}", known[RECIPE] > others[best])  # fmt: skip
+    return "\n".join(lines)
+
+
+def energy_table(results: Results) -> str:
     """Lay out how much of the dense outputs survives each kind of importance, by kind of linear."""
     lines = ["| linear | task | rms of its input features | magnitude | activation |", "|---|---|--:|--:|--:|"]
     for task, kinds in results["energy"].items():
@@ -78,76 +194,134 @@ def energy_table(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def fill(text: str, results: Mapping[str, Any]) -> str:
-    """Renew every table of a page that stands between `<!-- table:accuracy-TASK -->` marks.
+def short_table(results: Results, task: str = "qnli") -> str:
+    """Lay out the first cells, which were trained one at a time on a CPU: one row per method."""
+    lines = ["| method | seeds | dev | kept of dense - floor | train |", "|---|--:|--:|--:|--:|"]
+    methods = dict.fromkeys(c["method"] for c in select(results, task=task) if c["sparsity"])
+    groups = [select(results, task=task, method=m) for m in methods]
+    for cells in sorted(groups, key=lambda cells: -_mean(c["last"] for c in cells)):
+        kept = _mean(share(c, results) for c in cells)
+        columns = f"{_spread(cells, 'last')} | {kept:.0%} | {_spread(cells, 'train_last')}"
+        lines.append(f"| {cells[0]['method']} | {len(cells)} | {columns} |")
+    return "\n".join(lines)
+
+
+def tried_table(results: Results) -> str:
+    """Lay out what was tried on MNLI before the grid: one change to one base each."""
+    methods = [c["method"] for c in select(results, task="mnli") if c["sparsity"] == 0.9]
+    lines = ["| MNLI, 90 %, 8 x 1 | dev | kept of dense - floor | train |", "|---|--:|--:|--:|"]
+    for cells in sorted((select(results, method=m, sparsity=0.9) for m in methods), key=lambda c: -c[0]["last"]):
+        cell = cells[0]
+        label = NAMES.get(cell["method"], cell["method"])
+        lines.append(
+            f"| {label} | {100 * cell['last']:.1f} | {share(cell, results):.0%} | {100 * cell['train_last']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def tables(results: Results, cpu: Results, tried: Results) -> dict[str, str]:
+    """Make every table of the page; block shapes only if they were run."""
+    made: dict[str, Callable[[], str]] = {
+        "goals": lambda: goals_table(results), "methods": lambda: methods_table(results),
+        "sparsity": lambda: sparsity_table(results), "blocks": lambda: blocks_table(results),
+        "gap": lambda: gap_table(results), "energy": lambda: energy_table(cpu), "cpu": lambda: short_table(cpu),
+        "tried": lambda: tried_table(tried),
+    }  # fmt: skip
+    if not any(tuple(cell["block"]) != SHAPE for cell in select(results)):
+        del made["blocks"]
+    return {f"accuracy-{name}": make() for name, make in made.items()}
+
+
+def fill(text: str, made: Mapping[str, str]) -> str:
+    """Renew every table of a page that stands between `<!-- table:NAME -->` marks.
 
     Raises:
-        ValueError: if a task that was measured has no table, or a table no task.
+        ValueError: if a table has no place on the page, or a place no table.
     """
-    made = {f"accuracy-{task}": table(task, results) for task in results["floors"] if groups(task, results)}
-    if results["energy"]:
-        made["accuracy-energy"] = energy_table(results)
     marked = [match["name"] for match in _MARKED.finditer(text)]
     if sorted(made) != sorted(marked):
-        raise ValueError(f"{PAGE.name} has the tables {sorted(marked)}, results are there for {sorted(made)}.")
+        raise ValueError(f"{PAGE.name} has places for {sorted(marked)}, there are {sorted(made)}.")
     return _MARKED.sub(lambda match: f"{match[1]}{made[match['name']]}\n{match[4]}", text)
 
 
-def plot_shares(results: Mapping[str, Any], file: Path) -> None:
-    """Draw what is kept of dense - floor: a line over density per method and block shape, bars where there is one."""
+def plot_shares(results: Results, file: Path) -> None:
+    """Draw what is kept of dense - floor against density, a line per method; single cells are points."""
     import matplotlib.pyplot as plt
 
-    tasks = [task for task in results["floors"] if groups(task, results)]
-    figure, all_axes = plt.subplots(len(tasks), 1, figsize=(7.5, 3.2 * len(tasks)), squeeze=False)
-    for axes, task in zip(all_axes[:, 0], tasks, strict=True):
-        lines: dict[str, list[tuple[float, float]]] = {}
-        for cells in groups(task, results):
-            if cells[0]["sparsity"]:
-                label = f"{cells[0]['method']}, {'x'.join(map(str, cells[0]['block']))}"
-                kept = _mean(share(c, results) for c in cells)
-                lines.setdefault(label, []).append((1.0 - cells[0]["sparsity"], 100 * kept))
-        densities = {density for points in lines.values() for density, _ in points}
-        if len(densities) == 1:
-            names = list(lines)[::-1]
-            axes.barh(names, [lines[name][0][1] for name in names], color="C0")
-            axes.axvline(0, color="0.3", linewidth=0.8)
-            axes.set(title=f"{task.upper()}, density {densities.pop():.0%}", xlabel="kept of dense - floor (%)")
-            axes.tick_params(axis="y", labelsize=8)
-            continue
-        for label, points in lines.items():
-            axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
+    figure, all_axes = plt.subplots(1, len(LEAD), figsize=(6.2 * len(LEAD), 5.2), sharey=True)
+    for axes, task in zip(all_axes, LEAD, strict=True):
+        cells = [cell for cell in select(results, task=task, block=SHAPE) if cell["sparsity"]]
+        for i, method in enumerate(dict.fromkeys(cell["method"] for cell in cells)):
+            points: dict[float, list[float]] = {}
+            for cell in cells:
+                if cell["method"] == method:
+                    points.setdefault(1.0 - cell["sparsity"], []).append(100 * share(cell, results))
+            line = sorted((density, _mean(kept)) for density, kept in points.items())
+            style = "-o" if len(line) > 1 else "x"
+            axes.plot(*zip(*line, strict=True), style, color=f"C{i % 10}", label=method, alpha=0.9)
         axes.axhline(0, color="0.3", linewidth=0.8)
-        axes.set(title=task.upper(), xlabel="density", ylabel="kept of dense - floor (%)")
-        axes.legend(fontsize=7)
+        axes.axhline(100, color="0.3", linewidth=0.8, linestyle=":")
+        axes.set(title=task.upper(), xlabel="density", xscale="log", ylim=(-45, 108))
+        axes.set_xticks([0.05, 0.1, 0.2, 0.5], ["5%", "10%", "20%", "50%"])
+        axes.minorticks_off()
+    all_axes[0].set_ylabel("kept of dense - floor (%), 8 x 1 blocks")
+    all_axes[-1].legend(fontsize=7, loc="lower right")
     figure.tight_layout()
     figure.savefig(file, dpi=110, metadata={"Software": None})
     plt.close(figure)
 
 
-def plot_courses(results: Mapping[str, Any], task: str, file: Path) -> None:
-    """Draw dev loss and the loss on known training rows over the epochs, for the longest runs of a task."""
+def plot_courses(results: Results, task: str, file: Path, methods: Sequence[str], sparsity: float = 0.9) -> None:
+    """Draw the loss on dev rows and on known training rows over the steps."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6.5, 4.2))
-    pruned = [cells[0] for cells in groups(task, results) if cells[0]["sparsity"]]
-    longest = max(cell["epochs"] for cell in pruned)
-    for i, cell in enumerate([cell for cell in pruned if cell["epochs"] == longest][:_CURVES]):
-        steps = [at["step"] / cell["steps"] * cell["epochs"] for at in cell["dev"]]
-        label = f"{cell['method']}, {'x'.join(map(str, cell['block']))}, {cell['sparsity']:.0%}"
-        axes.plot(steps, [at["dev_loss"] for at in cell["dev"]], marker="o", color=f"C{i}", label=label)
-        axes.plot(steps, [at["train_loss"] for at in cell["dev"]], marker=".", linestyle="--", color=f"C{i}")
-    axes.set(xlabel="epochs", ylabel="task loss: dev (solid), training rows (dashed)", title=task.upper())
+    groups = [(m, select(results, task=task, method=m, block=SHAPE, sparsity=sparsity)) for m in methods]
+    for i, (method, cells) in enumerate((m, cells) for m, cells in groups if cells):
+        at = cells[0]["dev"]
+        steps = [entry["step"] for entry in at]
+        axes.plot(steps, [e["dev_loss"] for e in at], marker="o", color=f"C{i}", label=method)
+        axes.plot(steps, [e["train_loss"] for e in at], marker=".", linestyle="--", color=f"C{i}")
+    title = f"{task.upper()}, {sparsity:.0%}, 8 x 1"
+    axes.set(xlabel="steps", ylabel="task loss: dev (solid), training rows (dashed)", title=title)
     axes.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(file, dpi=110, metadata={"Software": None})
     plt.close(figure)
 
 
+def _points(results: Results, tasks: Sequence[str], one: Mapping[str, Any], other: Mapping[str, Any]) -> float | None:
+    # How many points of accuracy the first is above the second, mean over tasks.
+    apart = []
+    for task in tasks:
+        found = [select(results, task=task, **wanted) for wanted in (one, other)]
+        if not all(found):
+            return None
+        first, second = (_mean(cell["last"] for cell in cells) for cells in found)
+        apart.append(100 * (first - second))
+    return _mean(apart)
+
+
+def _seed_spread(results: Results, tasks: Sequence[str], sides: Iterable[Mapping[str, Any]]) -> float:
+    # Standard error of the difference of two means over tasks and seeds, in points.
+    variance = 0.0
+    for wanted in sides:
+        for task in tasks:
+            values = [100 * cell["last"] for cell in select(results, task=task, **wanted)]
+            if len(values) > 1:
+                variance += statistics.variance(values) / len(values) / len(tasks) ** 2
+    return float(variance**0.5)
+
+
 def _mean(values: Iterable[float]) -> float:
     return statistics.mean(values)
 
 
-def _spread(cells: list[dict[str, Any]], key: str) -> str:
+def _score(cells: Cells, results: Results) -> str:
+    return f"{_spread(cells, 'last')} ({_mean(share(cell, results) for cell in cells):.0%})"
+
+
+def _spread(cells: Cells, key: str) -> str:
     values = [100 * cell[key] for cell in cells]
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{_mean(values):.1f}{spread}"
@@ -155,15 +329,15 @@ def _spread(cells: list[dict[str, Any]], key: str) -> str:
 
 def main(arguments: list[str]) -> int:
     """Renew page and plots, or with --check only tell whether the tables are up to date."""
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    files = (RESULTS, CPU_RESULTS, TRIED)
+    results, cpu, tried = (json.loads(file.read_text(encoding="utf-8")) for file in files)
     old = PAGE.read_text(encoding="utf-8")
-    new = fill(old, results)
+    new = fill(old, tables(results, cpu, tried))
     if "--check" in arguments:
         return int(new != old)
     PAGE.write_text(new, encoding="utf-8")
     plot_shares(results, PAGE.with_name("accuracy-share.png"))
-    longest = max(results["floors"], key=lambda task: len(groups(task, results)))
-    plot_courses(results, longest, PAGE.with_name("accuracy-course.png"))
+    plot_courses(results, "qnli", PAGE.with_name("accuracy-course.png"), (RECIPE, CONTROL, SLOWER))
     return 0
 
 

@@ -89,7 +89,7 @@ class SparseDistillConfig(TrainingArguments):
         100, "How many times the masks are chosen anew between sparsity_start and sparsity_end."
     )
     importance: str = _field(
-        "magnitude",
+        "fisher",
         'How blocks are ranked: by their weights ("magnitude"), these times their inputs ("activation") or '
         'gradients ("fisher").',
     )

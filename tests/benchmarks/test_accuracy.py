@@ -68,7 +68,7 @@ def test_lists_are_multiplied_out_and_a_cell_stands_once() -> None:
     cells = list(accuracy.expand({**GRID, "cells": [entry, {**entry, "method": "agp"}]}))
     assert len(cells) == 8
     assert cells[0] == {"task": "sst2", "method": "agp", "block": [8, 1], "sparsity": 0.8, "seed": 1,
-                        "name": "sst2.agp.8x1.0.8.1"}  # fmt: skip
+                        "name": "sst2.agp.8x1.0.8.1", "stack": None}  # fmt: skip
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -91,7 +91,7 @@ def test_a_dense_cell_learns_and_leaves_its_model(sources: Sources, dense: dict[
 def test_a_pruned_cell_starts_from_the_dense_model_and_records_its_course(
     sources: Sources, dense: dict[str, Any]
 ) -> None:
-    found = train_cell(cell_of("agp+kd+hidden", 0.5), small_grid(), sources)
+    found = train_cell(cell_of("recipe", 0.5), small_grid(evaluations=4), sources)
     assert found["sparsity_reached"] == 0.5 and found["steps"] == 28
     assert [at["step"] for at in found["dev"]] == [7, 14, 21, 28]
     assert [at["final_sparsity"] for at in found["dev"]] == [False, False, True, True]
@@ -172,23 +172,41 @@ def test_a_cell_file_tells_where_it_came_from(
 
 
 def results_of(**scores: float) -> dict[str, Any]:
-    """Results as `collect` gives them: a dense model, one method with two seeds, another that failed."""
-    rest = {"best": 0.8, "train_last": 0.9, "gap": 0.1, "task": "qnli", "block": [8, 1], "epochs": 1, "steps": 4}
+    """Results as `collect` gives them: a dense model, the default with two seeds, its control, another that failed."""
+    rest = {"best": 0.8, "train_last": 0.9, "gap": 0.1, "block": [8, 1], "epochs": 1, "steps": 4, "dev_loss": 0.5}
     dev = [{"step": 2, "dev_loss": 0.5, "train_loss": 0.4}, {"step": 4, "dev_loss": 0.6, "train_loss": 0.3}]
     rest["dev"] = dev
-    cells = [{**rest, "method": "dense", "sparsity": 0.0, "last": scores.get("dense", 0.9)}]
-    cells += [{**rest, "method": "agp", "sparsity": 0.8, "last": last} for last in (0.78, 0.82)]
-    cells += [{"name": "qnli.agp.1x1.0.8.1", "task": "qnli", "failed": "exit status 1"}]
+    cells: list[dict[str, Any]] = []
+    for task in ("qnli", "mnli", "mrpc"):
+        of = {**rest, "task": task}
+        cells.append({**of, "method": "dense", "sparsity": 0.0, "last": scores.get("dense", 0.9)})
+        cells += [{**of, "method": "recipe", "sparsity": 0.9, "last": last} for last in (0.84, 0.88)]
+        cells.append({**of, "method": "agp+kd, half the learning rate", "sparsity": 0.9, "last": 0.8})
+    cells.append({"name": "qnli.agp.1x1.0.8.1", "task": "qnli", "failed": "exit status 1"})
     row = {"magnitude": 0.334, "activation": 0.572, "input_rms_low": 0.341, "input_rms_high": 0.912}
-    floors = {"qnli": {"accuracy": 0.7, "commonest": 0.5}}
+    floors = {task: {"accuracy": 0.7, "commonest": 0.5} for task in ("qnli", "mnli", "mrpc")}
     return {"floors": floors, "energy": {"qnli": {"output.dense": row}}, "cells": cells}
 
 
-def test_a_table_has_mean_and_spread_over_seeds_and_keeps_what_failed() -> None:
-    text = accuracy_report.table("qnli", results_of())
-    assert "| agp | 8x1 | 80% | 2 | 80.0 ± 2.8 | 80.0 ± 0.0 | 50% |" in text
-    assert "| qnli.agp.1x1.0.8.1 | failed: exit status 1 |" in text
-    assert "| *floor* (mean word embeddings) | | | | 70.0 |" in text
+def test_a_table_has_mean_and_spread_over_seeds_and_what_is_kept() -> None:
+    lines = accuracy_report.methods_table(results_of()).splitlines()
+    assert lines[2] == "| recipe | 86.0 ± 2.8 (80%) | 86.0 ± 2.8 (80%) | 80% |"
+    assert lines[3] == "| agp+kd, half the learning rate | 80.0 (50%) | 80.0 (50%) | 50% |"
+    assert lines[-1] == "| *floor* | 70.0 | 70.0 | 0% |"
+
+
+def test_goals_say_what_was_reached_and_what_was_not_run() -> None:
+    text = accuracy_report.goals_table(results_of())
+    assert "(AGP + KD at half, QNLI, MNLI) | +6.0 points; standard error over seeds 1.4 | yes |" in text
+    assert "those that finished) | 80% kept; next agp+kd, half the learning rate 50% | yes |" in text
+    assert "| 50 %: within 0.5 point of dense |  | not run |" in text
+    worse = results_of()
+    for cell in worse["cells"]:
+        if cell.get("method") == "recipe":
+            cell["last"] = 0.79
+    assert "those that finished) | 45% kept; next agp+kd, half the learning rate 50% | no |" in (
+        accuracy_report.goals_table(worse)
+    )
 
 
 def test_the_table_of_energies() -> None:
@@ -206,20 +224,19 @@ def test_more_energy_survives_where_inputs_count(sources: Sources, dense: dict[s
 
 def test_a_page_whose_tables_are_not_those_of_the_results_is_refused() -> None:
     mark = "<!-- table:accuracy-sst2 -->\n<!-- /table:accuracy-sst2 -->"
-    with pytest.raises(
-        ValueError, match=r"has the tables \['accuracy-sst2'\], results are there for .*'accuracy-qnli'"
-    ):
-        accuracy_report.fill(mark, results_of())
+    made = accuracy_report.tables(results_of(), results_of(), results_of())
+    assert "accuracy-blocks" not in made
+    with pytest.raises(ValueError, match=r"has places for \['accuracy-sst2'\], there are .*'accuracy-goals'"):
+        accuracy_report.fill(mark, made)
 
 
 def test_plots_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib").use("agg")
     results = results_of()
-    accuracy_report.plot_shares(results, tmp_path / "bars.png")
-    accuracy_report.plot_courses(results, "qnli", tmp_path / "courses.png")
-    results["cells"][1]["sparsity"] = 0.9
+    results["cells"].append({**results["cells"][1], "sparsity": 0.8})
     accuracy_report.plot_shares(results, tmp_path / "lines.png")
-    for name in ("bars.png", "courses.png", "lines.png"):
+    accuracy_report.plot_courses(results, "qnli", tmp_path / "courses.png", ("recipe", "agp"))
+    for name in ("courses.png", "lines.png"):
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
 
 
