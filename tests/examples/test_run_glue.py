@@ -1,6 +1,5 @@
 """run_glue.py: every way in (files, columns, labels, configs) and out (metrics, table, card), resume, two ranks."""
 
-import importlib.util
 import json
 import logging
 import re
@@ -509,12 +508,3 @@ def test_every_launch_line_of_the_docs_is_accepted(tmp_path: Path, monkeypatch: 
         arguments = line.split("#")[0].replace("...", "--model_name_or_path m").split()
         model_args, _, _ = run_glue.parse_arguments([*arguments, "--use_cpu"], tmp_path)
         assert model_args.model_name_or_path
-
-
-def test_the_tables_of_the_docs_are_those_of_the_json() -> None:
-    spec = importlib.util.spec_from_file_location("glue_first_runs", ROOT / "benchmarks/glue_first_runs.py")
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
-    result, text = json.loads(benchmark.JSON_FILE.read_text()), benchmark.DOCS.read_text(encoding="utf-8")
-    for task in {row["task"] for row in result["rows"]}:
-        assert f"<!-- table:glue_first_runs {task} -->\n{benchmark.render(result, task)}\n<!-- /table -->" in text
