@@ -31,8 +31,8 @@ def test_a_final_save_without_dead_units(tmp_path: Path) -> None:
 
 
 def test_nothing_to_crop_is_said_and_saved_dense(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    trainer = make_trainer(bert(), tmp_path / "run", rows("classes", 8), max_steps=2, sparsity=0.2, importance="magnitude",
-                           save_format="cropped")  # fmt: skip
+    trainer = make_trainer(bert(), tmp_path / "run", rows("classes", 8), max_steps=2, sparsity=0.2,
+                           importance="magnitude", save_format="cropped")  # fmt: skip
     trainer.train()
     with caplog.at_level(logging.WARNING, "hf_sparse"):
         trainer.save_model(tmp_path / "final")
