@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.core.targets import is_conv1d
+from hf_sparse.training.distributed import is_sharded
 
 DECAY = 0.999  # Adam's usual beta2
 
@@ -38,11 +39,19 @@ class SquaredGradients:
         Args:
             optimizer: what moves the weights.
             moved: whether it did, a bool scalar (a loss scaler skips steps that overflow); None = yes.
+
+        Raises:
+            ValueError: if means would have to be kept of sharded weights.
         """
         for name, module in self.targets.items():
             weight = cast(Tensor, module.weight)
             if weight.grad is None or _kept_by(optimizer, weight) is not None:
                 continue
+            if is_sharded(weight):
+                raise ValueError(
+                    "importance='fisher' under FSDP2 reads the second moments that Adam keeps, and this optimizer "
+                    "keeps none: use an Adam, DDP, or another importance."
+                )
             square = weight.grad.float().square()
             old = self.own[name].to(square.device) if name in self.own else torch.zeros_like(square)
             # Without the factor (1 - DECAY), which is the same for all: only ratios matter.

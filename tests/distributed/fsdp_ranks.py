@@ -85,6 +85,7 @@ def whole_runs(folder: Path) -> dict[str, Any]:
     seen = {}
     for name, changes in {
         "loss": {}, "proximal": {"penalty_form": "proximal"}, "activation": {"importance": "activation"},
+        "fisher": {"importance": "fisher"},
         "global": {"sparsity_scope": "global"}, "grafted": {"graft_start": 0.4, "graft_end": 0.9},
     }.items():  # fmt: skip
         zero: list[bool] = []
@@ -193,6 +194,11 @@ def refusals(folder: Path) -> dict[str, str]:
         )
     except ValueError as error:
         seen["projections"] = str(error)
+    try:
+        changes = {"importance": "fisher", "optim": "sgd"}
+        make_trainer(bert(), folder, rows("classes", 8), **{**RUN, **changes}, **SPLIT, **SHARDED).train()
+    except ValueError as error:
+        seen["fisher"] = str(error)
     trainer.distiller.teacher = None
     try:
         trainer.train()

@@ -75,7 +75,7 @@ def test_gradients_masks_and_logs_are_those_of_one_rank(
         assert_close(weights_of(alone.model), found["weights"], "weights")
 
 
-@pytest.mark.parametrize("name", ["loss", "proximal", "activation", "global", "grafted"])
+@pytest.mark.parametrize("name", ["loss", "proximal", "activation", "fisher", "global", "grafted"])
 def test_whole_runs_end_as_on_one_rank(two: Any, tmp_path: Path, name: str) -> None:
     run = {**fsdp_ranks.RUN, **two[1][0]["whole_runs"][name]["changes"]}
     alone = make_trainer(bert(), tmp_path, rows("classes", 32), **run)
@@ -168,6 +168,7 @@ def test_what_cannot_be_right_is_refused_on_every_rank(two: Any) -> None:
     for seen in two[1]:
         assert "ended off target" in seen["refusals"]["off_target"]
         assert "which FSDP2 does not shard. Launch with DDP" in seen["refusals"]["projections"]
+        assert "importance='fisher' under FSDP2 reads the second moments" in seen["refusals"]["fisher"]
         assert "sharded before a teacher could be copied" in seen["refusals"]["late_teacher"]
 
 
