@@ -10,7 +10,7 @@ import torch
 from benchmarks.accuracy_cell import Sources, load_rows
 from hf_sparse import BlockMasks
 from hf_sparse.core.targets import weight_view
-from hf_sparse.training.importance import activation, input_rms
+from hf_sparse.training.pruning.importance import activation, input_rms
 
 _ROWS = 32
 

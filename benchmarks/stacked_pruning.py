@@ -12,8 +12,8 @@ from torch import Tensor
 from benchmarks.stacked_bert import StackedBert
 from benchmarks.stacked_units import check_units, shape_in, tie_units_
 from hf_sparse.core.blocks import BlockShape, block_norms, expand_mask, scale_blocks_
-from hf_sparse.training.importance import magnitude
-from hf_sparse.training.penalty import next_coef
+from hf_sparse.training.pruning.importance import magnitude
+from hf_sparse.training.pruning.penalty import next_coef
 from hf_sparse.training.schedules import StepPlan
 
 DAMPING = 0.01

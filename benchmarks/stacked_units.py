@@ -35,7 +35,7 @@ def shape_in(config: Any, name: str, rows: int, columns: int) -> BlockShape:
 
 
 def tie_units_(scores: dict[str, Tensor]) -> None:
-    """Give both blocks of a unit the geometric mean of their scores, as `hf_sparse.training.units` does.
+    """Give both blocks of a unit the geometric mean of their scores, as `hf_sparse.training.pruning.units` does.
 
     Args:
         scores: {name: [N, R, C]}; changed in place.

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import hf_sparse
-from hf_sparse.training.penalty import next_coef
+from hf_sparse.training.pruning.penalty import next_coef
 from hf_sparse.training.schedules import graft_draws
 
 

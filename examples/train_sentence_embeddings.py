@@ -35,7 +35,7 @@ from glue_data import spearman
 from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding
 
 from hf_sparse import SparseDistillConfig, SparseDistillTrainer
-from hf_sparse.training.predictions import pooled
+from hf_sparse.training.distillation.predictions import pooled
 
 # Of a sentence-transformers folder: what tells it to pool and to normalise.
 _AROUND = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from hf_sparse.inference.linear import BlockSparseLinear
     from hf_sparse.inference.loading import BlockSparseConfig, load_dense
     from hf_sparse.training.config import SparseDistillConfig
-    from hf_sparse.training.distill import distillation_loss
-    from hf_sparse.training.graft import graft
-    from hf_sparse.training.masks import BlockMasks
-    from hf_sparse.training.penalty import group_lasso
+    from hf_sparse.training.distillation.distill import distillation_loss
+    from hf_sparse.training.distillation.graft import graft
+    from hf_sparse.training.pruning.masks import BlockMasks
+    from hf_sparse.training.pruning.penalty import group_lasso
     from hf_sparse.training.schedules import plan_step
     from hf_sparse.training.seq2seq import SparseDistillSeq2SeqConfig, SparseDistillSeq2SeqTrainer
     from hf_sparse.training.trainer import SparseDistillTrainer
@@ -44,10 +44,10 @@ _LAZY = {
     "SparseDistillSeq2SeqConfig": "hf_sparse.training.seq2seq",
     "SparseDistillSeq2SeqTrainer": "hf_sparse.training.seq2seq",
     "SparseDistillTrainer": "hf_sparse.training.trainer",
-    "BlockMasks": "hf_sparse.training.masks",
-    "distillation_loss": "hf_sparse.training.distill",
-    "graft": "hf_sparse.training.graft",
-    "group_lasso": "hf_sparse.training.penalty",
+    "BlockMasks": "hf_sparse.training.pruning.masks",
+    "distillation_loss": "hf_sparse.training.distillation.distill",
+    "graft": "hf_sparse.training.distillation.graft",
+    "group_lasso": "hf_sparse.training.pruning.penalty",
     "plan_step": "hf_sparse.training.schedules",
 }
 

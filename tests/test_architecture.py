@@ -128,15 +128,15 @@ CLEAN = '"""A module."""\n\nfrom __future__ import annotations\n'
     ("path", "code", "expected"),
     [
         ("core/a.py", "from hf_sparse.inference.linear import x", "core imports inference"),
-        ("core/a.py", "def f():\n    '''F.'''\n    import hf_sparse.training.masks", "core imports training"),
-        ("inference/a.py", "from hf_sparse.training import masks", "inference imports training"),
+        ("core/a.py", "def f():\n    '''F.'''\n    import hf_sparse.training.pruning.masks", "core imports training"),
+        ("inference/a.py", "from hf_sparse.training.pruning import masks", "inference imports training"),
         ("inference/a.py", "from hf_sparse.hub.card import write_card", "inference imports hub"),
         (
             "inference/a.py",
             "import importlib\nimportlib.import_module('hf_sparse.training.config')",
             "imports training",
         ),
-        ("hub/a.py", "from hf_sparse.training.facts import run_facts", "hub imports training"),
+        ("hub/a.py", "from hf_sparse.training.checkpoints.facts import run_facts", "hub imports training"),
         ("training/a.py", "from hf_sparse.cli import main", "training imports cli"),
         ("inference/kernels/a.py", "from hf_sparse.cli.bench import x", "inference imports cli"),
         ("training/a.py", "from hf_sparse import report", "training imports hf_sparse.report from the roof"),

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from hf_sparse.core.blocks import BlockShape
 from hf_sparse.core.targets import compile_pattern
-from hf_sparse.training.layerwise import LayerMap, parse_layer_map
+from hf_sparse.training.distillation.layerwise import LayerMap, parse_layer_map
 from hf_sparse.training.presets import PRESETS
 
 CHOICES: dict[str, tuple[str, ...]] = {

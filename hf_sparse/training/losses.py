@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from hf_sparse.training.config import SparseDistillConfig
-from hf_sparse.training.distill import attention_loss, hidden_loss
+from hf_sparse.training.distillation.distill import attention_loss, hidden_loss
+from hf_sparse.training.distillation.layerwise import compared_layers
+from hf_sparse.training.distillation.predictions import prediction_loss, prediction_unit
+from hf_sparse.training.distillation.projections import HiddenProjections
 from hf_sparse.training.distributed import sum_over_ranks, world_size
-from hf_sparse.training.layerwise import compared_layers
-from hf_sparse.training.predictions import prediction_loss, prediction_unit
-from hf_sparse.training.projections import HiddenProjections
 
 
 def distillation_terms(

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES
 
-from hf_sparse.training.predictions import FRAMES, output
+from hf_sparse.training.distillation.predictions import FRAMES, output
 
 
 def is_ctc(model: nn.Module) -> bool:

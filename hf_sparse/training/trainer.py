@@ -12,17 +12,18 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_sparse.hub.card import CARD_FILE, is_rendered, write_card
-from hf_sparse.training.checkpoint import check_writable, load_squares, load_state, save_state
+from hf_sparse.training.checkpoints.checkpoint import check_writable, load_squares, load_state, save_state
+from hf_sparse.training.checkpoints.facts import run_facts
+from hf_sparse.training.checkpoints.resuming import ResumingTrainer
+from hf_sparse.training.checkpoints.saving import save_final
 from hf_sparse.training.config import SparseDistillConfig
-from hf_sparse.training.distiller import Distiller
+from hf_sparse.training.distillation.distiller import Distiller
+from hf_sparse.training.distillation.teacher import check_tokenizer
 from hf_sparse.training.distributed import Engine
-from hf_sparse.training.facts import run_facts
 from hf_sparse.training.hooks import StepHooks
-from hf_sparse.training.importance import input_rms
 from hf_sparse.training.losses import RunningMeans, distillation_terms, weighted_sum
-from hf_sparse.training.pruner import Pruner
-from hf_sparse.training.resuming import ResumingTrainer
-from hf_sparse.training.saving import save_final
+from hf_sparse.training.pruning.importance import input_rms
+from hf_sparse.training.pruning.pruner import Pruner
 from hf_sparse.training.schedules import StepPlan, plan_step
 from hf_sparse.training.share import StepTotals, count_units
 from hf_sparse.training.speech import seen_by_losses, task_unit
@@ -33,7 +34,6 @@ from hf_sparse.training.support import (
     refuse_unsupported_engine,
     refuse_unsupported_model,
 )
-from hf_sparse.training.teacher import check_tokenizer
 
 
 class SparseDistillTrainer(ResumingTrainer):

@@ -11,7 +11,7 @@ import transformers as tf
 from torch import nn
 
 from hf_sparse.core.targets import find_targets
-from hf_sparse.training.graft import graft_sites
+from hf_sparse.training.distillation.graft import graft_sites
 from tests.training.tiny import SMALL, VOCAB, llama, make_trainer, rows
 
 NO_STACK = "Strange has no nn.ModuleList of repeated layers"

@@ -20,7 +20,7 @@ from hf_sparse.core.targets import (
     is_linear,
     weight_view,
 )
-from hf_sparse.training.graft import graft_sites
+from hf_sparse.training.distillation.graft import graft_sites
 from tests.training.families import FAMILIES, family_model
 from tests.training.tiny import SMALL, VOCAB
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_sparse.training import pruner
+from hf_sparse.training.pruning import pruner
 from tests.training.scenarios import TASKS, everything_on, model_for, set_quiet, wider_teacher
 from tests.training.test_speech import ctc
 from tests.training.test_trainer_options import mean_loss, sum_loss

@@ -271,6 +271,27 @@ def test_the_speeds_of_block_shapes_are_those_of_the_table() -> None:
     assert f"8 x 1 being {half[0]} times as fast, 8 x 2 {half[1]} times and 32 x 32 {half[2]} times" in text
 
 
+def test_what_the_readme_tells_of_the_gpu_is_what_was_measured() -> None:
+    rows = json.loads((ROOT / "benchmarks/results/gpu_models.json").read_text())["rows"]
+
+    def row(engine: str, model: str, length: int) -> dict[str, Any]:
+        found = [
+            r for r in rows if (r["engine"], r["mode"], r["model"], r["length"]) == (engine, "compile", model, length)
+        ]
+        return next(r for r in found if engine == "dense" or r["block_shape"] == [64, 64])
+
+    def gain(model: str, length: int) -> str:
+        return f"{row('dense', model, length)['ms'] / row('hf_sparse', model, length)['ms']:.2f}"
+
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    loaded = [f"{row(engine, 'decode', 1024)['loaded_mb'] / 1000:.1f} GB" for engine in ("hf_sparse", "dense")]
+    assert (
+        f"decodes {gain('decode', 1024)} times as fast, its prefill is {gain('prefill', 4096)} times as fast, "
+        f"BERT-large {gain('bert-large', 128)} times; the decoder takes {loaded[0]} where the dense one takes "
+        f"{loaded[1]}"
+    ) in text
+
+
 def test_the_share_of_the_bitmap_is_what_it_is() -> None:
     text = (ROOT / "docs/block_shape.md").read_text(encoding="utf-8")
     for height, width in ((1, 1), (8, 1), (32, 32)):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hf_sparse.training.whole import last_whole_checkpoint
+from hf_sparse.training.checkpoints.whole import last_whole_checkpoint
 from tests.training.scenarios import set_quiet
 from tests.training.tiny import Watch, bert, make_trainer, rows, weights_of
 

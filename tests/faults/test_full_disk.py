@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_sparse.training.whole import last_whole_checkpoint, what_is_missing
+from hf_sparse.training.checkpoints.whole import last_whole_checkpoint, what_is_missing
 from tests.faults import child
 from tests.training.tiny import assert_same, weights_of
 
@@ -31,7 +31,7 @@ import sys
 from pathlib import Path
 from tests.faults import child
 from tests.training.scenarios import set_quiet
-from hf_sparse.training.whole import last_whole_checkpoint, what_is_missing
+from hf_sparse.training.checkpoints.whole import last_whole_checkpoint, what_is_missing
 set_quiet()
 folder = Path(sys.argv[1])
 try:

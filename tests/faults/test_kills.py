@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_sparse.training.whole import MANIFEST, last_whole_checkpoint, what_is_missing
+from hf_sparse.training.checkpoints.whole import MANIFEST, last_whole_checkpoint, what_is_missing
 from tests.faults import child
 from tests.training.tiny import assert_same, bert, pad, rows
 
@@ -157,7 +157,7 @@ def test_nothing_to_resume_from_is_said(tmp_path: Path) -> None:
 
 
 def test_older_checkpoints_go_only_when_the_new_one_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_sparse.training import resuming
+    from hf_sparse.training.checkpoints import resuming
 
     seen: list[tuple[list[str], list[str]]] = []
     original = resuming.mark_whole

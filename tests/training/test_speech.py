@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_sparse.training.predictions import FRAMES, prediction_unit
+from hf_sparse.training.distillation.predictions import FRAMES, prediction_unit
 from hf_sparse.training.speech import is_ctc, seen_by_losses, task_unit
 from tests.training.families import family_batch, family_model, family_rows
 from tests.training.test_trainer_invariance import assert_close

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as tf
 
-from hf_sparse.training.teacher import load_teacher
+from hf_sparse.training.distillation.teacher import load_teacher
 from tests.training.families import FAMILIES, family_batch, family_model, family_rows
 from tests.training.tiny import SMALL, VOCAB, gradients_of, make_trainer, pad, pruned_zero, rows, stirred
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from hf_sparse import SparseDistillTrainer, graft
 from hf_sparse.core.targets import find_targets
-from hf_sparse.training.graft import graft_sites
-from hf_sparse.training.pruner import Pruner
+from hf_sparse.training.distillation.graft import graft_sites
+from hf_sparse.training.pruning.pruner import Pruner
 from hf_sparse.training.support import predicts_next
 from tests.training.tiny import bert, llama, make_trainer, rows, sparse_config, weights_of
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_sparse import FormatError
-from hf_sparse.training.checkpoint import STATE_FILE, load_state
+from hf_sparse.training.checkpoints.checkpoint import STATE_FILE, load_state
 from tests.training.tiny import assert_same, bert, llama, make_trainer, pruned_zero, rows, weights_of
 
 # Masks are chosen at steps 2, 4 and 6, coefficients at steps 0 and 3, layers grafted up to step 8 of 9.

@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 
 from hf_sparse import BlockSparseLinear, load_dense, report
 from hf_sparse.core.blocks import block_norms
-from hf_sparse.training.saving import copy_to_cpu, save_final
+from hf_sparse.training.checkpoints.saving import copy_to_cpu, save_final
 from tests.training.tiny import Watch, bert, make_trainer, pad, rows, weights_of
 
 ROOT = Path(__file__).resolve().parents[2]

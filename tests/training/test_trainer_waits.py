@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from hf_sparse.training import distiller
-from hf_sparse.training.graft import graft_sites
+from hf_sparse.training.distillation import distiller
+from hf_sparse.training.distillation.graft import graft_sites
 from tests.training.scenarios import ALL_ON, model_for
 from tests.training.tiny import Watch, bert, make_trainer, rows
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_sparse.training.distill import distillation_loss, embedding_loss
+from hf_sparse.training.distillation.distill import distillation_loss, embedding_loss
 
 # Name of the mask [B, T] of the frames that stand for speech, which `speech.seen_by_losses` adds.
 FRAMES = "frame_mask"

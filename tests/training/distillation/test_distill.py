@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from hf_sparse import distillation_loss, graft
-from hf_sparse.training.distill import attention_loss, hidden_loss
-from hf_sparse.training.predictions import prediction_loss, prediction_unit
+from hf_sparse.training.distillation.distill import attention_loss, hidden_loss
+from hf_sparse.training.distillation.predictions import prediction_loss, prediction_unit
 from hf_sparse.training.schedules import graft_draws
 from tests.training.scenarios import model_for
 from tests.training.tiny import bert, llama, make_trainer, pad, pad_to_10, rows, t5

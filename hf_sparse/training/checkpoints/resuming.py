@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from hf_sparse.training.teaching import TeachingTrainer
-from hf_sparse.training.whole import check_whole, last_whole_checkpoint, mark_whole, what_is_missing
+from hf_sparse.training.checkpoints.whole import check_whole, last_whole_checkpoint, mark_whole, what_is_missing
+from hf_sparse.training.distillation.teaching import TeachingTrainer
 
 logger = logging.getLogger(__name__)
 

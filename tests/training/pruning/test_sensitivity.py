@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_sparse.training.sensitivity import DECAY, SquaredGradients
+from hf_sparse.training.pruning.sensitivity import DECAY, SquaredGradients
 from tests.training.tiny import bert, make_trainer, rows
 
 

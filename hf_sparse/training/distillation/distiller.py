@@ -12,11 +12,9 @@ import torch
 from torch import nn
 
 from hf_sparse.training.config import SparseDistillConfig
-from hf_sparse.training.distributed import Engine, is_sharded_model
-from hf_sparse.training.graft import GraftSite, graft_at, graft_sites
-from hf_sparse.training.projections import HiddenProjections, needed_projections
-from hf_sparse.training.schedules import StepPlan, graft_draws
-from hf_sparse.training.teacher import (
+from hf_sparse.training.distillation.graft import GraftSite, graft_at, graft_sites
+from hf_sparse.training.distillation.projections import HiddenProjections, needed_projections
+from hf_sparse.training.distillation.teacher import (
     asked_of_teacher,
     check_teacher,
     copy_as_teacher,
@@ -25,6 +23,8 @@ from hf_sparse.training.teacher import (
     return_attention_maps,
     use_attention_of,
 )
+from hf_sparse.training.distributed import Engine, is_sharded_model
+from hf_sparse.training.schedules import StepPlan, graft_draws
 
 logger = logging.getLogger(__name__)
 

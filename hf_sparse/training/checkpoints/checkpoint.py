@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_sparse.core.packing import FormatError
-from hf_sparse.training.masks import BlockMasks
+from hf_sparse.training.pruning.masks import BlockMasks
 
 STATE_FILE = "sparsity_state.safetensors"
 _VERSION = 1

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse import group_lasso
-from hf_sparse.training.penalty import next_coef, penalty_gradient, proximal_shrink_
+from hf_sparse.training.pruning.penalty import next_coef, penalty_gradient, proximal_shrink_
 from hf_sparse.training.schedules import plan_step
 from tests.training.tiny import Watch, bert, gpt2, make_trainer, pad, rows, weights_of
 

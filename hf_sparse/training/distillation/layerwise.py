@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_sparse.core.targets import find_stacks
-from hf_sparse.training.predictions import output
+from hf_sparse.training.distillation.predictions import output
 
 # One entry per student layer: the 0-based teacher layer that it learns from, or None for none.
 LayerMap = Sequence[int | None]

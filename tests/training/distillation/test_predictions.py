@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from hf_sparse.training.distill import embedding_loss
-from hf_sparse.training.predictions import pooled, prediction_loss, prediction_unit
+from hf_sparse.training.distillation.distill import embedding_loss
+from hf_sparse.training.distillation.predictions import pooled, prediction_loss, prediction_unit
 
 MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 1, 1]])
 

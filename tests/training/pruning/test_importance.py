@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from hf_sparse.core.targets import find_targets
-from hf_sparse.training.importance import activation, input_rms
-from hf_sparse.training.pruner import Pruner
+from hf_sparse.training.pruning.importance import activation, input_rms
+from hf_sparse.training.pruning.pruner import Pruner
 from hf_sparse.training.schedules import plan_step
 from tests.training.tiny import (
     Recorder,

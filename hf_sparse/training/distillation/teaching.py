@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_sparse.training.checkpoints.publishing import PublishingTrainer
 from hf_sparse.training.config import SparseDistillConfig
-from hf_sparse.training.distiller import Distiller
-from hf_sparse.training.publishing import PublishingTrainer
+from hf_sparse.training.distillation.distiller import Distiller
 
 
 class TeachingTrainer(PublishingTrainer):

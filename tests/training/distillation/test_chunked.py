@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import Trainer, TrainingArguments
 
 from hf_sparse import SparseDistillConfig, SparseDistillTrainer
-from hf_sparse.training.chunked import soft_divergence
-from hf_sparse.training.distill import distillation_loss
+from hf_sparse.training.distillation.chunked import soft_divergence
+from hf_sparse.training.distillation.distill import distillation_loss
 from tests.training.tiny import arguments, llama, pad, rows
 
 
@@ -90,7 +90,7 @@ class Sizes(TorchDispatchMode):
 
 def test_only_the_gradient_is_as_large_as_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     batch, length, vocabulary, chunk = 2, 32, 500, 2000
-    monkeypatch.setattr("hf_sparse.training.chunked.CHUNK", chunk)
+    monkeypatch.setattr("hf_sparse.training.distillation.chunked.CHUNK", chunk)
     student, teacher = (torch.randn(batch, length, vocabulary).bfloat16() for _ in range(2))
     student.requires_grad_()
     mask = torch.ones(batch, length, dtype=torch.bool)
@@ -126,7 +126,7 @@ def test_a_training_step_makes_three_more_tensors_of_the_size_of_the_logits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The teacher's logits, the gradient of the distillation loss, and its sum with that of the task loss.
-    monkeypatch.setattr("hf_sparse.training.chunked.CHUNK", 8000)
+    monkeypatch.setattr("hf_sparse.training.distillation.chunked.CHUNK", 8000)
     plain = large_tensors(tmp_path, Trainer)
     assert plain > 3
     off = large_tensors(tmp_path, SparseDistillTrainer, sparsity=0.0, kd_weight=0.0)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_sparse.training.chunked import soft_divergence
+from hf_sparse.training.distillation.chunked import soft_divergence
 
 KINDS = ("classes", "multi_label", "regression")
 

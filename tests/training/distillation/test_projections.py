@@ -13,9 +13,9 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from hf_sparse import FormatError
-from hf_sparse.training.distill import hidden_loss
-from hf_sparse.training.layerwise import compared_layers, depths, resolve_layer_map
-from hf_sparse.training.projections import FILE, HiddenProjections, needed_projections
+from hf_sparse.training.distillation.distill import hidden_loss
+from hf_sparse.training.distillation.layerwise import compared_layers, depths, resolve_layer_map
+from hf_sparse.training.distillation.projections import FILE, HiddenProjections, needed_projections
 from tests.training.families import family_model
 from tests.training.tiny import assert_same, bert, llama, make_trainer, pad, rows, t5, weights_of
 

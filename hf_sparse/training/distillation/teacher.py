@@ -17,8 +17,8 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils import cached_file
 
 from hf_sparse.training.config import SparseDistillConfig
-from hf_sparse.training.graft import graft_sites
-from hf_sparse.training.layerwise import depths, resolve_layer_map
+from hf_sparse.training.distillation.graft import graft_sites
+from hf_sparse.training.distillation.layerwise import depths, resolve_layer_map
 
 logger = logging.getLogger(__name__)
 

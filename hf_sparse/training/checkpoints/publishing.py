@@ -9,7 +9,7 @@ from transformers import Trainer
 
 from hf_sparse.hub.card import write_card
 from hf_sparse.hub.push import explained, persistently
-from hf_sparse.training.facts import run_facts, with_given
+from hf_sparse.training.checkpoints.facts import run_facts, with_given
 
 
 class PublishingTrainer(Trainer):

@@ -22,12 +22,12 @@ from hf_sparse.training.distributed import (
     reshard,
     scale_blocks_of_,
 )
-from hf_sparse.training.importance import magnitudes
-from hf_sparse.training.masks import BlockMasks
-from hf_sparse.training.penalty import coef_of_norms, gradient_factors, lasso_of_norms, shrink_factors
+from hf_sparse.training.pruning.importance import magnitudes
+from hf_sparse.training.pruning.masks import BlockMasks
+from hf_sparse.training.pruning.penalty import coef_of_norms, gradient_factors, lasso_of_norms, shrink_factors
+from hf_sparse.training.pruning.sensitivity import SquaredGradients
+from hf_sparse.training.pruning.units import tie_scores
 from hf_sparse.training.schedules import StepPlan
-from hf_sparse.training.sensitivity import SquaredGradients
-from hf_sparse.training.units import tie_scores
 
 logger = logging.getLogger(__name__)
 
