@@ -75,7 +75,7 @@ def ctc(reduction: str, folder: Path, per_device: int, accumulate: int) -> Any:
     return make_trainer(
         wav2vec2(0, reduction), folder, recordings(16), wav2vec2(5, reduction), hidden_weight=0.3, max_steps=2,
         optim="sgd", learning_rate=1e-3, max_grad_norm=0.0, extra={"data_collator": family_batch},
-        per_device_train_batch_size=per_device, gradient_accumulation_steps=accumulate,
+        importance="magnitude", per_device_train_batch_size=per_device, gradient_accumulation_steps=accumulate,
     )  # fmt: skip
 
 
