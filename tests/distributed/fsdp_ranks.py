@@ -67,6 +67,8 @@ def invariance(folder: Path) -> dict[str, Any]:
     for task, accumulate, changes in cases if RANKS == 2 else cases[::2]:
         # GPT-2 stores its weights the other way round: there the shards cut through the width of blocks.
         shape = {"gpt2": {"block_height": 2, "block_width": 16}, "lm": {"block_height": 8}}.get(task, BLOCKS)
+        # SGD keeps no second moments, without which Fisher information is refused on shards.
+        changes = {"importance": "magnitude", **changes}
         trainer = everything_on(
             task, folder, 8 // RANKS // accumulate, accumulate, logging_strategy="steps", logging_steps=1, **shape,
             **SHARDED, **changes,
