@@ -210,6 +210,8 @@ class Stack:
                 "train_only_layers": config.train_only_layers, "weight_decay": config.weight_decay,
                 "block_overrides": config.block_overrides, "gradient_accumulation_steps":
                 config.gradient_accumulation_steps - 1,
+                # Layers that were grafted so far have no second moments, which the trainer makes up for.
+                "importance, grafted,": "fisher" * (config.importance == "fisher" and config.graft_start < 1.0),
             }  # fmt: skip
             for name, value in unsupported.items():
                 if value:

@@ -18,6 +18,8 @@ from hf_sparse import SparseDistillConfig, SparseDistillTrainer
 CPU = torch.device("cpu")
 ROWS, BATCH, EPOCHS = 56, 4, 1
 
+MAGNITUDE = {"importance": "magnitude"}
+
 # Cells of one stack: what differs between them is what a grid varies.
 CELLS: dict[str, dict[str, Any]] = {
     "dense": {"sparsity": 0.0, "kd_weight": 0.0, "learning_rate": 1e-3},
@@ -31,8 +33,8 @@ CELLS: dict[str, dict[str, Any]] = {
     "one shot": {"sparsity_schedule": "one_shot", "sparsity_end": 0.3},
     "lasso": {"penalty_weight": 1e-3, "penalty_reweights": 2},
     "proximal": {"penalty_weight": 1e-2, "penalty_form": "proximal", "seed": 2},
-    "grafted": {"graft_start": 0.4, "graft_hold": 0.2, "graft_end": 0.8, "hidden_weight": 1.0},
-    "theseus": {"graft_start": 0.5, "graft_end": 0.7, "kd_weight": 0.0, "seed": 2},
+    "grafted": {"graft_start": 0.4, "graft_hold": 0.2, "graft_end": 0.8, "hidden_weight": 1.0, **MAGNITUDE},
+    "theseus": {"graft_start": 0.5, "graft_end": 0.7, "kd_weight": 0.0, "seed": 2, **MAGNITUDE},
 }
 
 
