@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +52,18 @@ def dense(sources: Sources) -> dict[str, Any]:
     return train_cell(cell_of("dense", 0.0), grid, sources)
 
 
-def test_every_cell_of_the_committed_grid_is_a_valid_config() -> None:
+@pytest.mark.parametrize("file", ["accuracy.yaml", "accuracy_trainer.yaml"])
+def test_every_cell_of_the_committed_grids_is_a_valid_config(file: str) -> None:
     from hf_sparse import SparseDistillConfig
 
-    cells = list(accuracy.expand(GRID))
+    grid = accuracy.load_grid(accuracy.GRID.with_name(file))
+    cells = list(accuracy.expand(grid))
     assert cells and len({cell["name"] for cell in cells}) == len(cells)
     for cell in cells:
-        method = {k: v for k, v in GRID["methods"][cell["method"]].items() if k not in ("start", "epochs")}
+        method = {k: v for k, v in grid["methods"][cell["method"]].items() if k not in ("start", "epochs")}
         height, width = cell["block"]
         shape = {"sparsity": cell["sparsity"], "block_height": height, "block_width": width}
-        SparseDistillConfig(**{**GRID["training"], **shape, **method}, output_dir="out", use_cpu=True)
+        SparseDistillConfig(**{**grid["training"], **shape, **method}, output_dir="out", use_cpu=True)
 
 
 def test_lists_are_multiplied_out_and_a_cell_stands_once() -> None:
@@ -133,7 +136,6 @@ def test_a_grid_goes_on_where_it_was_and_keeps_what_failed(
     entry = {"task": "sst2", "method": "agp", "block": "8x1", "sparsity": [0.5, 0.6, 0.7], "seed": 1}
     file = tmp_path / "grid.yaml"
     file.write_text(yaml.safe_dump({**small_grid(), "cells": [entry]}))
-    monkeypatch.setattr(accuracy, "GRID", file)
     there = Sources(model=sources.model, data=sources.data, work=tmp_path / "work")
     accuracy.write_json(there.work / "floors/sst2.json", {"accuracy": 0.5})
     accuracy.write_json(there.work / "cells/sst2.agp.8x1.0.5.1.json", {"name": "done before"})
@@ -149,22 +151,43 @@ def test_a_grid_goes_on_where_it_was_and_keeps_what_failed(
         return Done()
 
     monkeypatch.setattr(accuracy.subprocess, "run", run)
-    accuracy.run_grid(there)
+    accuracy.run_grid(file, there)
     assert ran == ["sst2.agp.8x1.0.6.1", "sst2.agp.8x1.0.7.1"]
-    found = accuracy.collect(there.work)
+    found = accuracy.collect(there.work, file)
     assert [cell["name"] for cell in found["cells"]] == ["done before", *ran]
     assert found["cells"][1]["failed"] == "exit status 1: ValueError: too little memory"
     assert found["not_run"] == [] and found["floors"] == {"sst2": {"accuracy": 0.5}}
 
 
-def test_a_cell_file_tells_where_it_came_from(
-    sources: Sources, dense: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_dense_models_are_trained_before_what_starts_from_them(
+    sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    file, base = tmp_path / "grid.yaml", tmp_path / "base.yaml"
+    entry = {"task": "sst2", "method": ["agp", "dense"], "block": "8x1", "sparsity": 0.5, "seed": [1, 2]}
+    base.write_text(yaml.safe_dump({**small_grid(), "cells": []}))
+    file.write_text(yaml.safe_dump({"base": "base.yaml", "training": {"learning_rate": 0.25}, "cells": [entry]}))
+    there = Sources(model=sources.model, data=sources.data, work=tmp_path / "work")
+    accuracy.write_json(there.work / "floors/sst2.json", {"accuracy": 0.5})
+    running: list[str] = []
+
+    def run(cell: dict[str, Any], *_: Any) -> None:
+        running.append(cell["name"])
+        assert cell["method"] == "dense" or len([name for name in running if ".dense." in name]) == 2
+        time.sleep(0.05)
+
+    monkeypatch.setattr(accuracy, "_run_in_process", run)
+    accuracy.run_grid(file, there, workers=3)
+    assert len(running) == len(set(running)) == 4
+    read = accuracy.load_grid(file)
+    assert read["training"] == {**small_grid()["training"], "learning_rate": 0.25}
+    assert read["tasks"] == small_grid()["tasks"] and read["cells"] == [entry]
+
+
+def test_a_cell_file_tells_where_it_came_from(sources: Sources, dense: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "grid.yaml"
     entry = {"task": "sst2", "method": "agp", "block": "8x1", "sparsity": 0.5, "seed": 3}
     file.write_text(yaml.safe_dump({**small_grid(), "cells": [entry]}))
-    monkeypatch.setattr(accuracy, "GRID", file)
-    accuracy.run_one("sst2.agp.8x1.0.5.3", sources, "the command")
+    accuracy.run_one("sst2.agp.8x1.0.5.3", file, sources, "the command")
     found = json.loads((sources.work / "cells/sst2.agp.8x1.0.5.3.json").read_text())
     assert {"command", "commit", "versions", "hardware", "seed", "wall_seconds", "cpu_seconds", "train", "dev", "last",
             "best", "gap", "settings"} <= set(found)  # fmt: skip
