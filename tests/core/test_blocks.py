@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_sparse.core.blocks import (
+    add_scaled_blocks_,
     block_norms,
     expand_mask,
     from_blocks,
@@ -89,6 +90,18 @@ def test_norms_are_a_double_loop(block: tuple[int, int], dtype: torch.dtype) -> 
     for r in range(norms.shape[0]):
         for c in range(norms.shape[1]):
             assert norms[r, c].item() == pytest.approx(blocks[r, c].square().sum().sqrt().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("block", SHAPES, ids=str)
+def test_scaled_blocks_are_added_in_place(block: tuple[int, int]) -> None:
+    w, onto = weight(), torch.full(WEIGHT, 2.0)
+    factors = torch.randn(grid_shape(WEIGHT, block), generator=torch.Generator().manual_seed(2))
+    assert add_scaled_blocks_(onto, w, factors, block, alpha=0.5) is onto
+    spread = factors.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    torch.testing.assert_close(onto, 2.0 + 0.5 * spread * weight())
+    assert torch.equal(w, weight())
+    transposed = torch.full((WEIGHT[1], WEIGHT[0]), 2.0).t()
+    torch.testing.assert_close(add_scaled_blocks_(transposed, w, factors, block, alpha=0.5), onto)
 
 
 def test_norms_of_a_transposed_weight() -> None:

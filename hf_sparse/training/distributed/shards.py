@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from hf_sparse.core import blocks
 from hf_sparse.core.blocks import BlockShape, block_norms, grid_shape, scale_blocks_, to_blocks
 from hf_sparse.training.distributed.ranks import on_wire, sum_over_ranks
 
@@ -162,13 +163,12 @@ def add_scaled_blocks_(
         alpha: a number.
     """
     if not isinstance(weight, DTensor):
-        target.add_(scale_blocks_(weight.clone(), factors, block_shape), alpha=alpha)
+        blocks.add_scaled_blocks_(target, weight, factors, block_shape, alpha)
         return
     (local, offset), (onto, _) = _local(weight), _local(target)
     for part in parts_of_shard(offset, (local.shape[0], local.shape[1]), block_shape):
-        piece = local[part.rows, part.cols].clone()
-        scale_blocks_(piece, factors[part.grid_rows, part.grid_cols], part.shape)
-        onto[part.rows, part.cols].add_(piece, alpha=alpha)
+        piece, factor = local[part.rows, part.cols], factors[part.grid_rows, part.grid_cols]
+        blocks.add_scaled_blocks_(onto[part.rows, part.cols], piece, factor, part.shape, alpha)
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ def coef_of_norms(norms: Tensor, epsilon: float) -> Tensor:
 
 def lasso_of_norms(norms: Tensor, coef: Tensor | None) -> Tensor:
     """Compute the penalty, a scalar, from the norms and coefficients of blocks, both [R, C]; None = 1 for each."""
-    return norms.sum() if coef is None else (coef * norms).sum()
+    return norms.sum() if coef is None else torch.dot(coef.reshape(-1), norms.reshape(-1))
 
 
 def gradient_factors(norms: Tensor, coef: Tensor | None) -> Tensor:
@@ -72,8 +72,7 @@ def gradient_factors(norms: Tensor, coef: Tensor | None) -> Tensor:
         >>> gradient_factors(torch.tensor([[2., 0.]]), None)
         tensor([[0.5000, 0.0000]])
     """
-    safe = torch.where(norms > 0, norms, 1.0)
-    return torch.where(norms > 0, (1.0 if coef is None else coef) / safe, 0.0)
+    return ((1.0 if coef is None else coef) / norms).masked_fill_(norms == 0, 0.0)
 
 
 def shrink_factors(norms: Tensor, coef: Tensor | None, threshold: float) -> Tensor:
