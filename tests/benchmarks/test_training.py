@@ -10,7 +10,19 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from benchmarks.training import TINY, USUAL, VARIANTS, Turns, check, chosen, groups, make_trainer, measure, peak_memory
+from benchmarks.training import (
+    AT_ONCE,
+    TINY,
+    USUAL,
+    VARIANTS,
+    Turns,
+    check,
+    chosen,
+    groups,
+    make_trainer,
+    measure,
+    peak_memory,
+)
 
 ARGS = argparse.Namespace(device="cpu", smoke=True, only=None, **USUAL["smoke"])
 BY_NAME = {variant.name: variant for variant in VARIANTS}
@@ -49,6 +61,7 @@ def test_variants_are_timed_beside_their_baseline(models: Any) -> None:
     assert [row["name"] for row in rows] == names
     assert "ratio" not in rows[0]
     assert rows[1]["baseline"] == names[0] and rows[1]["ratio"] > 0
+    assert rows[1]["ratio_spread"][0] <= rows[1]["ratio"] <= rows[1]["ratio_spread"][1]
     assert all(row["spread"][0] <= row["ms"] <= row["spread"][1] for row in rows)
 
 
@@ -59,7 +72,9 @@ def test_every_variant_has_a_baseline_without_hf_sparse() -> None:
     timed = [variant.name for group in groups(ARGS) for variant in group]
     assert sorted(timed) == sorted(BY_NAME)
     by_group = groups(argparse.Namespace(device="cpu", smoke=False, only=None))
-    assert {variant.name for group in by_group for variant in group} >= {v.name for v in VARIANTS if v.settings}
+    assert {variant.name for group in by_group for variant in group} == set(BY_NAME)
+    for plain, *beside in by_group:
+        assert 1 <= len(beside) <= AT_ONCE and {variant.baseline for variant in beside} == {plain.name}
 
 
 def test_some_are_chosen_with_their_baselines() -> None:
