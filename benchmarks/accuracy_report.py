@@ -12,211 +12,38 @@ from __future__ import annotations
 
 import json
 import re
-import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.accuracy_tables import (
+    CONTROL,
+    LEAD,
+    RECIPE,
+    SHAPE,
+    SLOWER,
+    Results,
+    blocks_table,
+    energy_table,
+    gap_table,
+    goals_table,
+    mean,
+    methods_table,
+    select,
+    share,
+    short_table,
+    sparsity_table,
+    tried_table,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks/results/accuracy.json", ROOT / "docs/accuracy.md"
 CPU_RESULTS = ROOT / "benchmarks/results/accuracy_cpu.json"
 TRIED = ROOT / "benchmarks/results/accuracy_exploration.json"
-TASKS, LEAD = ("qnli", "mnli", "mrpc"), ("qnli", "mnli")
-RECIPE, CONTROL, SLOWER, SHAPE = "recipe", "agp+kd", "agp+kd, half the learning rate", (8, 1)
-# What the short names of the exploration stand for; the rest of a name is a change to the base.
-_PAIRS = "re-paired sentences"
-_ALONE = "KD alone (T = 4), hidden states x 10"
-NAMES = {
-    "base": "base: activation, each layer its budget, KD, hidden states, learning rate 4e-4",
-    "agp+kd": "magnitude, no hidden states (AGP + KD)", "fisher": "fisher", "globalfisher": "fisher, global budget",
-    "factored": "fisher, factored into rows and columns", "globalrel": "global budget, relative to each layer",
-    "comp": "least squares: kept weights make up for those removed", "lr8": "learning rate 8e-4",
-    "h10": "hidden states x 10", "kd h10 lr8": f"{_ALONE}, 8e-4", "rep h10": f"{_ALONE}, {_PAIRS}",
-    "rep h10 lr8": f"{_ALONE}, {_PAIRS}, 8e-4", "rep h10 lr8 comp": f"{_ALONE}, {_PAIRS}, 8e-4, least squares",
-    "rep h10 lr8 factored": f"{_ALONE}, {_PAIRS}, 8e-4, factored fisher",
-}  # fmt: skip
 _MARKED = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n)(.*?)(<!-- /table:(?P=name) -->)", re.DOTALL)
-
-Results = Mapping[str, Any]
-Cells = list[dict[str, Any]]
-
-
-def dense_score(task: str, results: Results) -> float:
-    """Give the score at the last step of the model that the pruned ones started from."""
-    return float(select(results, task=task, method="dense")[0]["last"])
-
-
-def share(cell: Mapping[str, Any], results: Results, score: str = "last") -> float:
-    """Give the part of (dense - floor) that a cell keeps; below 0 where it is worse than a bag of embeddings."""
-    floor, dense = results["floors"][cell["task"]]["accuracy"], dense_score(cell["task"], results)
-    return (cell[score] - floor) / (dense - floor)
-
-
-def select(results: Results, **wanted: Any) -> Cells:
-    """Give the finished cells with these values; block as (h, w)."""
-    return [
-        cell for cell in results["cells"]
-        if "last" in cell and all(
-            (tuple(cell["block"]) if key == "block" else cell[key]) == value for key, value in wanted.items()
-        )
-    ]  # fmt: skip
-
-
-def mean_share(results: Results, tasks: Sequence[str], **wanted: Any) -> float | None:
-    """Give the mean over tasks of the mean over seeds of what is kept; None where a task has no such cell."""
-    found = [select(results, task=task, **wanted) for task in tasks]
-    if not all(found):
-        return None
-    return _mean(_mean(share(cell, results) for cell in cells) for cells in found)
-
-
-def compare(results: Results, rows: Iterable[tuple[str, Mapping[str, Any]]], tasks: Sequence[str], first: str) -> str:
-    """Lay rows out with a column per task (score, spread over seeds, what is kept) and the mean of what is kept.
-
-    Args:
-        results: as `accuracy.collect` gives them.
-        rows: (label, what selects the row's cells); rows without any cell are left out.
-        tasks: the columns.
-        first: heading of the labels.
-    """
-    lines = [f"| {first} | {' | '.join(task.upper() for task in tasks)} | kept, mean |"]
-    lines.append(f"|---|{'--:|' * len(tasks)}--:|")
-    made = []
-    for label, wanted in rows:
-        columns = [select(results, task=task, **wanted) for task in tasks]
-        if any(columns):
-            kept = mean_share(results, tasks, **wanted)
-            texts = [_score(cells, results) if cells else "" for cells in columns]
-            made.append((kept, f"| {label} | {' | '.join(texts)} | {'' if kept is None else f'{kept:.0%}'} |"))
-    lines += [text for _, text in made]
-    dense = [f"{100 * dense_score(task, results):.1f}" for task in tasks]
-    floors = [f"{100 * results['floors'][task]['accuracy']:.1f}" for task in tasks]
-    return "\n".join([*lines, f"| *dense* | {' | '.join(dense)} | 100% |", f"| *floor* | {' | '.join(floors)} | 0% |"])
-
-
-def methods_table(results: Results, sparsity: float = 0.9) -> str:
-    """Compare all methods at one sparsity in the default blocks, best first."""
-    methods = list(dict.fromkeys(c["method"] for c in select(results, block=SHAPE, sparsity=sparsity)))
-    chosen = {m: {"method": m, "block": SHAPE, "sparsity": sparsity} for m in methods}
-    lead = {m: mean_share(results, LEAD, **wanted) for m, wanted in chosen.items()}
-    order = sorted(methods, key=lambda m: -(lead[m] if lead[m] is not None else -9.0))  # type: ignore[operator]
-    return compare(results, [(m, chosen[m]) for m in order], LEAD, f"method, {sparsity:.0%}, 8 x 1")
-
-
-def sparsity_table(results: Results) -> str:
-    """Compare the recipe with the control over sparsities, on all tasks."""
-    rows = [
-        (f"{method}, {sparsity:.0%}", {"method": method, "block": SHAPE, "sparsity": sparsity})
-        for sparsity in (0.5, 0.8, 0.9, 0.95) for method in (RECIPE, CONTROL)
-    ]  # fmt: skip
-    return compare(results, rows, TASKS, "method, sparsity (8 x 1)")
-
-
-def blocks_table(results: Results) -> str:
-    """Compare block shapes under the recipe."""
-    shapes = [(1, 1), (4, 1), (8, 1), (32, 1), (1, 8), (16, 16), (32, 32)]
-    rows = [
-        (f"{h} x {w}, {sparsity:.0%}", {"method": RECIPE, "block": (h, w), "sparsity": sparsity})
-        for sparsity in (0.8, 0.9) for h, w in shapes
-    ]  # fmt: skip
-    return compare(results, rows, LEAD, "blocks, sparsity")
-
-
-def gap_table(results: Results, sparsity: float = 0.9) -> str:
-    """Lay out scores on training and dev rows, their gap and the best dev score, per task and method."""
-    lines = [
-        "| task | method | train | dev | train - dev | best dev | dev loss | seeds |",
-        "|---|---|--:|--:|--:|--:|--:|--:|",
-    ]
-    for task in LEAD:
-        groups = [[c for c in select(results, task=task) if c["method"] == "dense"]]
-        methods = dict.fromkeys(c["method"] for c in select(results, task=task, block=SHAPE, sparsity=sparsity))
-        groups += [select(results, task=task, method=m, block=SHAPE, sparsity=sparsity) for m in methods]
-        for cells in sorted(groups, key=lambda cells: -_mean(c["last"] for c in cells)):
-            columns = [_spread(cells, key) for key in ("train_last", "last", "gap", "best")]
-            loss = _mean(c["dev_loss"] for c in cells)
-            lines.append(f"| {task} | {cells[0]['method']} | {' | '.join(columns)} | {loss:.3f} | {len(cells)} |")
-    return "\n".join(lines)
-
-
-def goals_table(results: Results) -> str:
-    """Set every goal beside what was reached: means over `TASKS`, or QNLI and MNLI where it says so."""
-    at = {s: {"method": RECIPE, "block": SHAPE, "sparsity": s} for s in (0.5, 0.8, 0.9)}
-    lines = ["| goal | reached | met |", "|---|---|---|"]
-
-    def add(goal: str, text: str, met: bool | None) -> None:
-        lines.append(f"| {goal} | {text} | {'not run' if met is None else 'yes' if met else 'no'} |")
-
-    loss = _points(results, TASKS, at[0.5], {"method": "dense"})
-    add(
-        "50 %: within 0.5 point of dense",
-        "" if loss is None else f"{loss:+.1f} points",
-        None if loss is None else loss >= -0.5,
-    )
-    for sparsity, goal in ((0.8, 0.95), (0.9, 0.85)):
-        kept = mean_share(results, TASKS, **at[sparsity])
-        add(f"{sparsity:.0%}, 8 x 1: at least {goal:.0%} of dense - floor", "" if kept is None else f"{kept:.0%}",
-            None if kept is None else kept >= goal)  # fmt: skip
-    for sparsity in (0.8, 0.9):
-        narrow, single = ({"method": RECIPE, "block": block, "sparsity": sparsity} for block in ((4, 1), (1, 1)))
-        apart = _points(results, LEAD, narrow, single)
-        text = "" if apart is None else f"{apart:+.1f} points"
-        add(f"{sparsity:.0%}: 4 x 1 within 1 point of 1 x 1 (QNLI, MNLI)", text,
-            None if apart is None else apart >= -1.0)  # fmt: skip
-    for method, tasks, note in (
-        (CONTROL, TASKS, "same learning rate"),
-        (SLOWER, LEAD, "AGP + KD at half, QNLI, MNLI"),
-    ):
-        control = {**at[0.9], "method": method}
-        ahead, spread = _points(results, tasks, at[0.9], control), _seed_spread(results, tasks, (at[0.9], control))
-        text = "" if ahead is None else f"{ahead:+.1f} points; standard error over seeds {spread:.1f}"
-        add(f"90 %: recipe at least 1 point above AGP + KD ({note})", text,
-            None if ahead is None else ahead >= 1.0 and ahead > 2 * spread)  # fmt: skip
-    methods = dict.fromkeys(c["method"] for c in select(results, block=SHAPE, sparsity=0.9))
-    shares = {m: mean_share(results, LEAD, **{**at[0.9], "method": m}) for m in methods}
-    known = {m: kept for m, kept in shares.items() if kept is not None}
-    if RECIPE in known:
-        others = {m: kept for m, kept in known.items() if not m.startswith(RECIPE)}
-        best = max(others, key=lambda m: others[m])
-        add("90 %: recipe above every other method (QNLI, MNLI; those that finished)",
-            f"{known[RECIPE]:.0%} kept; next {best} {others[best]:.0%}", known[RECIPE] > others[best])  # fmt: skip
-    return "\n".join(lines)
-
-
-def energy_table(results: Results) -> str:
-    """Lay out how much of the dense outputs survives each kind of importance, by kind of linear."""
-    lines = ["| linear | task | rms of its input features | magnitude | activation |", "|---|---|--:|--:|--:|"]
-    for task, kinds in results["energy"].items():
-        for kind, row in kinds.items():
-            spread = f"{row['input_rms_low']:.2f} to {row['input_rms_high']:.2f}"
-            lines.append(f"| {kind} | {task} | {spread} | {row['magnitude']:.0%} | {row['activation']:.0%} |")
-    return "\n".join(lines)
-
-
-def short_table(results: Results, task: str = "qnli") -> str:
-    """Lay out the first cells, which were trained one at a time on a CPU: one row per method."""
-    lines = ["| method | seeds | dev | kept of dense - floor | train |", "|---|--:|--:|--:|--:|"]
-    methods = dict.fromkeys(c["method"] for c in select(results, task=task) if c["sparsity"])
-    groups = [select(results, task=task, method=m) for m in methods]
-    for cells in sorted(groups, key=lambda cells: -_mean(c["last"] for c in cells)):
-        kept = _mean(share(c, results) for c in cells)
-        columns = f"{_spread(cells, 'last')} | {kept:.0%} | {_spread(cells, 'train_last')}"
-        lines.append(f"| {cells[0]['method']} | {len(cells)} | {columns} |")
-    return "\n".join(lines)
-
-
-def tried_table(results: Results) -> str:
-    """Lay out what was tried on MNLI before the grid: one change to one base each."""
-    methods = [c["method"] for c in select(results, task="mnli") if c["sparsity"] == 0.9]
-    lines = ["| MNLI, 90 %, 8 x 1 | dev | kept of dense - floor | train |", "|---|--:|--:|--:|"]
-    for cells in sorted((select(results, method=m, sparsity=0.9) for m in methods), key=lambda c: -c[0]["last"]):
-        cell = cells[0]
-        label = NAMES.get(cell["method"], cell["method"])
-        lines.append(
-            f"| {label} | {100 * cell['last']:.1f} | {share(cell, results):.0%} | {100 * cell['train_last']:.1f} |"
-        )
-    return "\n".join(lines)
 
 
 def tables(results: Results, cpu: Results, tried: Results) -> dict[str, str]:
@@ -256,7 +83,7 @@ def plot_shares(results: Results, file: Path) -> None:
             for cell in cells:
                 if cell["method"] == method:
                     points.setdefault(1.0 - cell["sparsity"], []).append(100 * share(cell, results))
-            line = sorted((density, _mean(kept)) for density, kept in points.items())
+            line = sorted((density, mean(kept)) for density, kept in points.items())
             style = "-o" if len(line) > 1 else "x"
             axes.plot(*zip(*line, strict=True), style, color=f"C{i % 10}", label=method, alpha=0.9)
         axes.axhline(0, color="0.3", linewidth=0.8)
@@ -288,43 +115,6 @@ def plot_courses(results: Results, task: str, file: Path, methods: Sequence[str]
     figure.tight_layout()
     figure.savefig(file, dpi=110, metadata={"Software": None})
     plt.close(figure)
-
-
-def _points(results: Results, tasks: Sequence[str], one: Mapping[str, Any], other: Mapping[str, Any]) -> float | None:
-    # How many points of accuracy the first is above the second, mean over tasks.
-    apart = []
-    for task in tasks:
-        found = [select(results, task=task, **wanted) for wanted in (one, other)]
-        if not all(found):
-            return None
-        first, second = (_mean(cell["last"] for cell in cells) for cells in found)
-        apart.append(100 * (first - second))
-    return _mean(apart)
-
-
-def _seed_spread(results: Results, tasks: Sequence[str], sides: Iterable[Mapping[str, Any]]) -> float:
-    # Standard error of the difference of two means over tasks and seeds, in points.
-    variance = 0.0
-    for wanted in sides:
-        for task in tasks:
-            values = [100 * cell["last"] for cell in select(results, task=task, **wanted)]
-            if len(values) > 1:
-                variance += statistics.variance(values) / len(values) / len(tasks) ** 2
-    return float(variance**0.5)
-
-
-def _mean(values: Iterable[float]) -> float:
-    return statistics.mean(values)
-
-
-def _score(cells: Cells, results: Results) -> str:
-    return f"{_spread(cells, 'last')} ({_mean(share(cell, results) for cell in cells):.0%})"
-
-
-def _spread(cells: Cells, key: str) -> str:
-    values = [100 * cell[key] for cell in cells]
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{_mean(values):.1f}{spread}"
 
 
 def main(arguments: list[str]) -> int:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from datasets import Dataset
 
-from benchmarks import accuracy, accuracy_report
+from benchmarks import accuracy, accuracy_report, accuracy_tables
 from benchmarks.accuracy_cell import Sources, floor_score, load_rows, scores, train_cell
 from benchmarks.accuracy_energy import kept_energy
 
@@ -212,14 +212,14 @@ def results_of(**scores: float) -> dict[str, Any]:
 
 
 def test_a_table_has_mean_and_spread_over_seeds_and_what_is_kept() -> None:
-    lines = accuracy_report.methods_table(results_of()).splitlines()
+    lines = accuracy_tables.methods_table(results_of()).splitlines()
     assert lines[2] == "| recipe | 86.0 ± 2.8 (80%) | 86.0 ± 2.8 (80%) | 80% |"
     assert lines[3] == "| agp+kd, half the learning rate | 80.0 (50%) | 80.0 (50%) | 50% |"
     assert lines[-1] == "| *floor* | 70.0 | 70.0 | 0% |"
 
 
 def test_goals_say_what_was_reached_and_what_was_not_run() -> None:
-    text = accuracy_report.goals_table(results_of())
+    text = accuracy_tables.goals_table(results_of())
     assert "(AGP + KD at half, QNLI, MNLI) | +6.0 points; standard error over seeds 1.4 | yes |" in text
     assert "those that finished) | 80% kept; next agp+kd, half the learning rate 50% | yes |" in text
     assert "| 50 %: within 0.5 point of dense |  | not run |" in text
@@ -228,12 +228,12 @@ def test_goals_say_what_was_reached_and_what_was_not_run() -> None:
         if cell.get("method") == "recipe":
             cell["last"] = 0.79
     assert "those that finished) | 45% kept; next agp+kd, half the learning rate 50% | no |" in (
-        accuracy_report.goals_table(worse)
+        accuracy_tables.goals_table(worse)
     )
 
 
 def test_the_table_of_energies() -> None:
-    assert "| output.dense | qnli | 0.34 to 0.91 | 33% | 57% |" in accuracy_report.energy_table(results_of())
+    assert "| output.dense | qnli | 0.34 to 0.91 | 33% | 57% |" in accuracy_tables.energy_table(results_of())
 
 
 def test_more_energy_survives_where_inputs_count(sources: Sources, dense: dict[str, Any]) -> None:
