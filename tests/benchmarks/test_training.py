@@ -23,6 +23,7 @@ from benchmarks.training import (
     measure,
     peak_memory,
 )
+from benchmarks.training_tables import training_table
 
 ARGS = argparse.Namespace(device="cpu", smoke=True, only=None, **USUAL["smoke"])
 BY_NAME = {variant.name: variant for variant in VARIANTS}
@@ -99,3 +100,21 @@ def test_memory_counts_masks_and_coefficients(models: Any) -> None:
     blocks = 2 * (4 * 32 * 32 + 2 * 32 * 64) // 8
     assert found["blocks"] == blocks and found["coef_bytes"] == 4 * blocks
     assert found["peak_bytes"] > 0
+
+
+def test_the_table_keeps_ratios_above_the_goal() -> None:
+    row = {"name": "logits", "ms": 1200.4, "spread": [1.0, 2.0], "baseline": "trainer + teacher", "ratio": 1.2345,
+           "ratio_spread": [1.1, 1.3], "adds_ms": 230.2, "peak_bytes": 2_500_000_000, "blocks": 8,
+           "mask_bytes": 1_300_000, "coef_bytes": 0}  # fmt: skip
+    result = {
+        "rows": [{"name": "trainer + teacher", "ms": 970.0, "spread": [1.0, 2.0]}, row], "command": "COMMAND",
+        "settings": {"model": "BERT-base", "batch": 8, "length": 64, "precision": "float32", "block_shape": [8, 1],
+                     "steps": 16},
+        "hardware": {"cpu": "A CPU", "gpus": []}, "versions": {"torch": "2", "transformers": "5"},
+    }  # fmt: skip
+    lines = training_table(result).splitlines()
+    assert lines[2] == "| trainer + teacher | 970 |  |  |  |  |  |  |"
+    assert lines[3] == (
+        "| logits | 1200 | trainer + teacher | 1.234 (1.100 to 1.300) | +230 ms | 2.50 GB | 1.3 MB |  |"
+    )
+    assert "A CPU" in lines[-1] and "`COMMAND`" in lines[-1]
