@@ -21,7 +21,7 @@ from pathlib import Path
 from hf_sparse.hub.card import CARD_FILE, facts_from_folder, write_card
 from hf_sparse.hub.facts import FACTS_FILE, CardFacts, DataFacts
 from hf_sparse.hub.filters import GAP, percent, score, shape
-from hf_sparse.hub.plots import GRID, HUES, INK, MUTED, save
+from hf_sparse.hub.plots import HUES, INK, MUTED, save, style
 
 ROOT = Path(__file__).parents[1]
 CARDS = ROOT / "model_cards"
@@ -83,7 +83,7 @@ def train(run: Run, data: Path, work: Path) -> Path:
         command += ["--model_name_or_path", base, "--output_dir", str(folder), *" ".join(arguments).split()]
         subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
         if not dense.is_dir():
-            shutil.copytree(folder / "dense", dense)
+            shutil.copytree(folder / "_dense", dense)
     return folder
 
 
@@ -155,13 +155,7 @@ def draw(cards: dict[str, CardFacts]) -> None:
                   ha="right")  # fmt: skip
     axes.margins(0.15, 0.25)
     axes.set_xlabel("size of the weights file, % of the dense one", fontsize=7.5, color=MUTED)
-    axes.set_title("Score less that of the dense teacher, points", fontsize=9, color=INK, loc="left")
-    axes.tick_params(labelsize=7.5, colors=MUTED, length=0)
-    axes.grid(axis="y", color=GRID, lw=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_edgecolor(GRID)
+    style(axes, "Score less that of the dense teacher, points", label_size=7.5, grid_width=0.8)
     save(figure, CARDS / "tradeoff.png")
 
 

@@ -43,10 +43,10 @@ RUNS = {
     "clm50": f"{_CLM} --config_name gpt2 --config_overrides n_embd=128,n_layer=4,n_head=4 --vocab_size 4000 "
     f"--finetune_epochs 6 --finetune_learning_rate 2e-3 --sparsity 0.5",
     "qa50": f"{_QA} --model_name_or_path MINILM --finetune_epochs 2 --finetune_learning_rate 3e-4 --sparsity 0.5",
-    "clm0": f"{_CLM} --model_name_or_path WORK/clm50/dense --sparsity 0",
-    "qa0": f"{_QA} --model_name_or_path WORK/qa50/dense --sparsity 0",
-    "clm80": f"{_CLM} --model_name_or_path WORK/clm50/dense --sparsity 0.8",
-    "qa80": f"{_QA} --model_name_or_path WORK/qa50/dense --sparsity 0.8",
+    "clm0": f"{_CLM} --model_name_or_path WORK/clm50/_dense --sparsity 0",
+    "qa0": f"{_QA} --model_name_or_path WORK/qa50/_dense --sparsity 0",
+    "clm80": f"{_CLM} --model_name_or_path WORK/clm50/_dense --sparsity 0.8",
+    "qa80": f"{_QA} --model_name_or_path WORK/qa50/_dense --sparsity 0.8",
 }
 METRICS = {"qa": "f1", "clm": "perplexity"}
 

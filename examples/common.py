@@ -1,24 +1,37 @@
-"""What the example scripts share: arguments, the dense model before it is pruned, the run, the table at its end."""
+"""What the example scripts share before a model is made: their arguments, the command line, data."""
 
 from __future__ import annotations
 
-import dataclasses
+import csv
 import logging
+import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from datasets import DatasetDict, load_dataset
-from transformers import HfArgumentParser, Trainer, set_seed
+from datasets.exceptions import DatasetGenerationError
+from transformers import HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-import hf_sparse
-from hf_sparse import SparseDistillConfig, SparseDistillTrainer
+from hf_sparse import SparseDistillConfig
 
 logger = logging.getLogger("examples")
 
-READERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
+# Otherwise the word "NA" would be no text; and GLUE's .tsv files hold quotation marks that never close.
+_CSV: dict[str, Any] = {"keep_default_na": False}
+# {ending of a file's name: what reads it}
+READERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".parquet": ("parquet", {}),
+    ".csv": ("csv", _CSV),
+    ".tsv": ("csv", {**_CSV, "sep": "\t", "quoting": csv.QUOTE_NONE}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".txt": ("text", {}),
+}
 
 
 def option(default: Any, text: str) -> Any:
@@ -38,16 +51,53 @@ class ModelArguments:
     cache_dir: str | None = option(None, "Where downloads are kept.")
 
 
-def parse(classes: Sequence[Any], argv: list[str], smoke: Callable[[], list[str]]) -> tuple[Any, ...]:
+@dataclass
+class DataArguments:
+    """What the model is trained and measured on."""
+
+    dataset_name: str | None = option(None, "Dataset on the Hub.")
+    dataset_config_name: str | None = option(None, "Configuration of that dataset.")
+    max_train_samples: int | None = option(None, "Take only so many rows, the first ones.")
+    max_eval_samples: int | None = option(None, "Take only so many rows, the first ones.")
+    smoke: bool = option(False, "Try the script in seconds, offline, on a tiny model and a made-up task.")
+
+
+@dataclass
+class FileArguments(DataArguments):
+    """What the model is trained and measured on: a dataset of the Hub, or files."""
+
+    train_file: str | None = option(None, f"Training data, in place of a dataset: {', '.join(READERS)}.")
+    validation_file: str | None = option(None, "Data for --do_eval, likewise.")
+
+
+def launch(
+    run: Callable[..., None], classes: Sequence[Any], smoke: Callable[[Path], list[str]], argv: list[str] | None
+) -> None:
+    """Run a script with the arguments of its command line.
+
+    Args:
+        run: takes what was parsed, one of each of `classes`.
+        classes: see `parse`.
+        smoke: writes a tiny model and tiny data into a folder, and gives the arguments for them; used for `--smoke`.
+        argv: the command line; None = that of the process.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        run(*parse(classes, sys.argv[1:] if argv is None else argv, partial(smoke, Path(scratch))))
+
+
+def parse(
+    classes: Sequence[Any], argv: list[str], smoke: Callable[[], list[str]], actions: Sequence[str] = ("train", "eval")
+) -> tuple[Any, ...]:
     """Read a command line, or the one JSON or YAML file that it names.
 
     Args:
-        classes: dataclasses of arguments, the last one a `SparseDistillConfig`.
+        classes: dataclasses of arguments, the first one `ModelArguments`, the last one a `SparseDistillConfig`.
         argv: the command line.
-        smoke: writes a tiny model and tiny data, and gives the arguments for them; used for `--smoke`.
+        smoke: see `launch`.
+        actions: what the script can be asked to do.
 
     Raises:
-        ValueError: if there is no model, or nothing to do.
+        ValueError: if there is no model, or nothing to do that the script does.
     """
     parser = HfArgumentParser(list(classes))
     if len(argv) == 1 and argv[0].endswith(".json"):
@@ -60,8 +110,15 @@ def parse(classes: Sequence[Any], argv: list[str], smoke: Callable[[], list[str]
     model_args, args = parsed[0], parsed[-1]
     if model_args.model_name_or_path is None and not getattr(model_args, "config_name", None):
         raise ValueError("model_name_or_path is missing: name the model to prune, or try the script with --smoke.")
-    if not (args.do_train or args.do_eval):
-        raise ValueError("there is nothing to do: give --do_train or --do_eval.")
+    if model_args.finetune_epochs < 0:
+        raise ValueError(f"finetune_epochs={model_args.finetune_epochs} must be at least 0.")
+    asked = [name for name in ("train", "eval", "predict") if getattr(args, f"do_{name}")]
+    if not asked:
+        raise ValueError(f"there is nothing to do: give {' or '.join(f'--do_{name}' for name in actions)}.")
+    if others := [name for name in asked if name not in actions]:
+        raise ValueError(
+            f"this script knows no --do_{others[0]}, only {', '.join(f'--do_{name}' for name in actions)}."
+        )
     return tuple(parsed)
 
 
@@ -72,6 +129,15 @@ def start(args: SparseDistillConfig) -> str | None:
         logging.getLogger(name).setLevel(logging.INFO if args.process_index == 0 else logging.WARNING)
     set_seed(args.seed)
     logger.info("%d process(es), device %s.", args.world_size, args.device)
+    return find_checkpoint(args)
+
+
+def find_checkpoint(args: SparseDistillConfig) -> str | None:
+    """Give the checkpoint to go on from: the one that was named, or the last one in output_dir.
+
+    Raises:
+        ValueError: if it is asked for, and there is none.
+    """
     asked = args.resume_from_checkpoint
     if not args.do_train or str(asked).lower() == "false":
         return None
@@ -83,6 +149,13 @@ def start(args: SparseDistillConfig) -> str | None:
     if last is not None:
         logger.info("Going on from %s; to begin anew, add --resume_from_checkpoint false.", last)
     return last
+
+
+def load_data(args: SparseDistillConfig, model_args: ModelArguments, data_args: FileArguments) -> Any:
+    """Load what the data arguments name, one process after the other; see `load_splits`."""
+    files = {"train": data_args.train_file, "validation": data_args.validation_file}
+    with args.main_process_first(desc="loading data"):
+        return load_splits(files, data_args.dataset_name, data_args.dataset_config_name, model_args.cache_dir)
 
 
 def load_splits(files: Mapping[str, str | None], name: str | None, config: str | None, cache_dir: str | None) -> Any:
@@ -104,147 +177,102 @@ def load_splits(files: Mapping[str, str | None], name: str | None, config: str |
         if name is None:
             raise ValueError("there is no data: give --dataset_name, or --train_file and --validation_file.")
         return load_dataset(name, config, cache_dir=cache_dir)
-    splits = DatasetDict()
     for split, file in given.items():
-        if not Path(file).is_file():
-            raise FileNotFoundError(f"{split}_file={file!r} does not exist.")
-        kind = Path(file.removesuffix(".gz")).suffix
-        if kind not in READERS:
-            raise ValueError(f"{split}_file={file!r} cannot be read: its name must end in one of {list(READERS)}.")
-        splits[split] = load_dataset(READERS[kind], data_files=file, split="train", cache_dir=cache_dir)
+        check_file(split, file)
+    return read_files(given, cache_dir)
+
+
+def check_file(split: str, file: str, readers: Sequence[str] = tuple(READERS)) -> None:
+    """Refuse a data file that is missing, or whose name ends in none of `readers` (and, for all of them, in .gz).
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file.
+    """
+    if Path(file.removesuffix(".gz")).suffix not in readers:
+        raise ValueError(f"{split}_file={file!r} cannot be read: its name must end in one of {list(readers)}.")
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"{split}_file={file!r} does not exist.")
+
+
+def read_files(files: Mapping[str, str], cache_dir: str | None) -> DatasetDict:
+    """Read data files, gzipped or not.
+
+    Args:
+        files: {split: path}, of kinds that are known.
+        cache_dir: where what was read is kept.
+
+    Raises:
+        ValueError: for a file whose content is not what its name says.
+    """
+    splits = DatasetDict()
+    for split, file in files.items():
+        reader, options = READERS[Path(file.removesuffix(".gz")).suffix]
+        try:
+            splits[split] = load_dataset(reader, data_files=file, split="train", cache_dir=cache_dir, **options)
+        # What pyarrow finds wrong with a parquet file is a ValueError.
+        except (DatasetGenerationError, ValueError) as error:
+            raise ValueError(f"{split}_file={file!r} cannot be read: {error.__cause__ or error}") from error
     return splits
 
 
-class Loader:
-    """Loads models for one task, and knows which parts of the last one had not been trained for it.
-
-    Args:
-        auto_class: of transformers.
-        options: for `from_pretrained`.
-    """
-
-    def __init__(self, auto_class: Any, **options: Any) -> None:
-        self.auto_class, self.options, self.new = auto_class, options, []
-
-    def __call__(self, path: str) -> Any:
-        """Load a folder or repo id."""
-        model, info = self.auto_class.from_pretrained(path, output_loading_info=True, **self.options)
-        self.new = sorted({*info["missing_keys"], *(str(key[0]) for key in info["mismatched_keys"])})
-        return model
-
-    def refuse_new(self, path: str) -> None:
-        """Refuse a model as teacher whose head was made a moment ago.
-
-        Raises:
-            ValueError: naming the model, what is new, and the way out.
-        """
-        if self.new:
-            raise ValueError(
-                f"{path} has no trained head for this task ({self.new[0]} is new) and would teach noise: name a "
-                f"fine-tuned model or teacher, or add --finetune_epochs 3."
-            )
-
-
-def teacher_model(load: Loader, model_args: ModelArguments) -> Any:
-    """Load the teacher that was named; None where none was."""
-    path = model_args.teacher_model_name_or_path
-    if path is None:
-        return None
-    teacher = load(path)
-    load.refuse_new(path)
-    return teacher
-
-
-def dense_model(
-    load: Loader,
-    model_args: ModelArguments,
-    args: SparseDistillConfig,
-    checkpoint: str | None,
-    trainer_class: type[Trainer] = Trainer,
-    **common: Any,
-) -> Any:
-    """Give the dense model: as it is, fine-tuned here, or as the run that is gone on with had fine-tuned it.
-
-    Args:
-        load: makes a model of a folder or repo id.
-        model_args: say whether to fine-tune.
-        args: those of pruning; most of them count for fine-tuning, too.
-        checkpoint: of the interrupted run, or None.
-        trainer_class: trains the dense model.
-        common: what both trainers take: data, collator, metrics.
+def check_limits(data_args: Any) -> None:
+    """Refuse to take no row, or fewer.
 
     Raises:
-        ValueError: if it is to be its own teacher, and has no trained head.
+        ValueError: naming the field.
     """
-    folder = str(Path(args.output_dir) / "dense")
-    if not args.do_train or not model_args.finetune_epochs:
-        model = load(str(model_args.model_name_or_path))
-        if args.do_train and args.needs_teacher and model_args.teacher_model_name_or_path is None:
-            load.refuse_new(str(model_args.model_name_or_path))
-        return model
-    if checkpoint is None:
-        changed = dataclasses.replace(
-            args, output_dir=folder, num_train_epochs=model_args.finetune_epochs, max_steps=-1, save_strategy="no",
-            learning_rate=model_args.finetune_learning_rate, eval_strategy="no", load_best_model_at_end=False,
-            push_to_hub=False, graft_start=1.0, ddp_find_unused_parameters=False,
-        )  # fmt: skip
-        logger.info("Fine-tuning the dense model for %g epochs.", model_args.finetune_epochs)
-        trainer = trainer_class(model=load(str(model_args.model_name_or_path)), args=changed, **common)
-        # Most heads ignore the count that Trainer would hand them, and accumulated gradients would come out too large.
-        trainer.model_accepts_loss_kwargs = False
-        trainer.log_metrics("finetune", trainer.train().metrics)
-        trainer.save_model()
-        trainer.accelerator.wait_for_everyone()
-    return load(folder)
+    for name in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
+        limit = getattr(data_args, name, None)
+        if limit is not None and limit < 1:
+            raise ValueError(f"{name}={limit} must be at least 1; leave it out to take all rows.")
 
 
-def prune(trainer: SparseDistillTrainer, checkpoint: str | None) -> dict[str, float]:
-    """Measure the dense model, prune and distil, save, and measure again.
-
-    Returns:
-        Metrics "dense_..." and "eval_...", where the trainer has data to evaluate on.
-    """
-    metrics: dict[str, float] = {}
-    if trainer.eval_dataset is not None:
-        needs_teacher = trainer.args.needs_teacher
-        dense = trainer.evaluate_teacher() if needs_teacher else trainer.evaluate(metric_key_prefix="teacher")
-        metrics |= {key.replace("teacher", "dense", 1): value for key, value in dense.items()}
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
-    trainer.save_state()
-    if trainer.eval_dataset is not None:
-        metrics |= trainer.evaluate()
-    return metrics
-
-
-def finish(trainer: Trainer, metrics: dict[str, float], names: Sequence[str], **card: Any) -> None:
-    """Save the metrics, publish if asked, and print what was gained and what it cost.
+def wanted_splits(
+    args: SparseDistillConfig, data_args: DataArguments, data: Mapping[str, Any], columns: Sequence[str] = ()
+) -> list[tuple[str, Any, int | None]]:
+    """Give the splits that are asked for.
 
     Args:
-        trainer: after `prune`, or after an evaluation alone.
-        metrics: "dense_..." and "eval_...".
-        names: the metrics to show.
-        card: what only the script knows of data and task, for the model card.
+        args: say what is to be done.
+        data_args: say how many rows to take.
+        data: {split: its rows}.
+        columns: that the script reads.
+
+    Returns:
+        (split, its rows, how many of them to take; None = all).
+
+    Raises:
+        ValueError: naming the split that is missing or empty, its missing column, or a limit below 1.
     """
-    if metrics:
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
-    if isinstance(trainer, SparseDistillTrainer):
-        (trainer.push_to_hub if trainer.args.push_to_hub else trainer.create_model_card)(**card)
-        if trainer.is_world_process_zero():
-            print(_summary(str(trainer.args.output_dir), metrics, names))
-    trainer.accelerator.end_training()
+    check_limits(data_args)
+    asked = {"train": (args.do_train, data_args.max_train_samples)}
+    asked["validation"] = (args.do_eval, data_args.max_eval_samples)
+    found = []
+    for split, (wanted, limit) in asked.items():
+        if not wanted:
+            continue
+        if split not in data:
+            source = f"{split}_file" if hasattr(data_args, f"{split}_file") else f"{split}_dir"
+            raise ValueError(f"there is no {split} data: give --{source}, or a dataset that has that split.")
+        for column in columns:
+            if column not in data[split].column_names:
+                raise ValueError(f"the {split} data has no column {column!r}, only {data[split].column_names}.")
+        if not len(data[split]):
+            raise ValueError(f"the {split} data is empty.")
+        found.append((split, data[split], limit))
+    return found
 
 
-def _summary(folder: str, metrics: Mapping[str, float], names: Sequence[str]) -> str:
-    report = hf_sparse.report(folder)
-    weights = {"dense": report.dense_bytes, "pruned": report.bytes}
-    rows = [["", *names, "weights"]]
-    for label, prefix in (("dense", "dense"), ("pruned", "eval")):
-        values = [metrics.get(f"{prefix}_{name}") for name in names]
-        cells = ["-" if value is None else f"{value:.4f}" for value in values]
-        rows.append([label, *cells, f"{weights[label] / 1e6:.2f} MB"])
-    lines = (f"{row[0]:<10}" + "".join(f"{cell:>20}" for cell in row[1:]) for row in rows)
-    return "\n".join(["", str(report), "", *lines, "", f"Saved in {folder}."])
+def take(rows: Any, limit: int | None, seed: int | None = None) -> Any:
+    """Take so many rows: the first ones, or with a seed some drawn at random; None = all."""
+    if limit is None or limit >= len(rows):
+        return rows
+    return (rows if seed is None else rows.shuffle(seed=seed)).select(range(limit))
+
+
+def data_name(data_args: DataArguments) -> str:
+    """Name the data for the card: the dataset, or the file or folder."""
+    given = [
+        getattr(data_args, f"{split}_{kind}", None) for split in ("train", "validation") for kind in ("file", "dir")
+    ]
+    return data_args.dataset_name or Path(str(next(filter(None, given)))).name

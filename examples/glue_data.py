@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
-from datasets.exceptions import DatasetGenerationError
 
 # The column of labels, and {value in it: class id of the model}; None in place of the ids for a regression.
 Labels = tuple[str, Mapping[Any, int] | None]
@@ -39,15 +37,8 @@ TASKS = {
     "wnli": Task(_PAIR, ("not_entailment", "entailment"), ("accuracy",)),
 }
 
-# Otherwise the word "NA" would be no text; and GLUE's .tsv files hold quotation marks that never close.
-_CSV: dict[str, Any] = {"keep_default_na": False}
-READERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".parquet": ("parquet", {}),
-    ".csv": ("csv", _CSV),
-    ".tsv": ("csv", {**_CSV, "sep": "\t", "quoting": csv.QUOTE_NONE}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-}
+# A text alone has no label.
+READERS = tuple(ending for ending in common.READERS if ending != ".txt")
 
 
 def check_source(task: str | None, files: Mapping[str, str], asked: Sequence[str]) -> None:
@@ -69,10 +60,7 @@ def check_source(task: str | None, files: Mapping[str, str], asked: Sequence[str
     if task is None and not files:
         raise ValueError("there is no data: give --task_name, or --train_file and --validation_file.")
     for split, file in files.items():
-        if Path(file).suffix not in READERS:
-            raise ValueError(f"{split}_file={file!r} cannot be read: its name must end in one of {list(READERS)}.")
-        if not Path(file).is_file():
-            raise FileNotFoundError(f"{split}_file={file!r} does not exist.")
+        common.check_file(split, file, READERS)
     if files and (missing := [split for split in asked if split not in files]):
         raise ValueError(f"{missing[0]}_file is missing: name the {missing[0]} data.")
 
@@ -89,15 +77,7 @@ def load_splits(files: Mapping[str, str], task: str | None, cache_dir: str | Non
             return load_dataset("nyu-mll/glue", task, cache_dir=cache_dir)
         except ConnectionError as error:
             raise ConnectionError(f"{error}. Without the Hub, give --train_file and --validation_file.") from error
-    splits = DatasetDict()
-    for split, file in files.items():
-        reader, options = READERS[Path(file).suffix]
-        try:
-            splits[split] = load_dataset(reader, data_files=file, split="train", cache_dir=cache_dir, **options)
-        # What pyarrow finds wrong with a parquet file is a ValueError.
-        except (DatasetGenerationError, ValueError) as error:
-            raise ValueError(f"{split}_file={file!r} cannot be read: {error.__cause__ or error}") from error
-    return splits
+    return common.read_files(files, cache_dir)
 
 
 def find_text_columns(data: Dataset, task: str | None, label_key: str, asked: tuple[str | None, ...]) -> list[str]:

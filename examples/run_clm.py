@@ -21,8 +21,6 @@ Many GPUs:
 from __future__ import annotations
 
 import math
-import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +30,8 @@ from typing import Any
 
 import numpy as np
 import tiny_tasks
-from common import Loader, ModelArguments, dense_model, finish, load_splits, option, parse, prune, start, teacher_model
+from common import FileArguments, ModelArguments, data_name, launch, load_data, option, start, take, wanted_splits
+from runs import Loader, dense_model, finish, measure, prune, teacher_model
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     CONFIG_MAPPING,
@@ -56,18 +55,13 @@ class LanguageModelArguments(ModelArguments):
 
 
 @dataclass
-class DataTrainingArguments:
+class DataTrainingArguments(FileArguments):
     """What the model is trained and measured on."""
 
-    dataset_name: str | None = option(None, "Dataset on the Hub.")
-    dataset_config_name: str | None = option(None, "Configuration of that dataset.")
-    train_file: str | None = option(None, "Training data: txt, csv, json, jsonl or parquet.")
-    validation_file: str | None = option(None, "Data for --do_eval.")
     text_column: str = option("text", "Column of the text.")
     block_size: int = option(512, "Tokens of a training sample.")
     max_train_samples: int | None = option(None, "Take only so many blocks, the first ones.")
     max_eval_samples: int | None = option(None, "Take only so many blocks, the first ones.")
-    smoke: bool = option(False, "Try the script in seconds, offline, on a tiny model and a made-up language.")
 
 
 def learn_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
@@ -118,37 +112,35 @@ def run(model_args: LanguageModelArguments, data_args: DataTrainingArguments, ar
         raise ValueError(
             "a model made from a config has learned nothing and would teach noise: give --finetune_epochs."
         )
-    files = {"train": data_args.train_file, "validation": data_args.validation_file}
-    with args.main_process_first(desc="loading data"):
-        raw = load_splits(files, data_args.dataset_name, data_args.dataset_config_name, model_args.cache_dir)
+    if model_args.model_name_or_path is None and not args.do_train:
+        raise ValueError("a model made from a config is trained first: give --do_train, or --model_name_or_path.")
+    if data_args.block_size < 2:
+        raise ValueError(f"block_size={data_args.block_size} must be at least 2: a token and the next one.")
+    raw = load_data(args, model_args, data_args)
+    splits = wanted_splits(args, data_args, raw, [data_args.text_column])
     where = {"cache_dir": model_args.cache_dir}
     if model_args.model_name_or_path is None:
         # Made once, by one process, and a folder like any other from here on.
-        folder = Path(args.output_dir) / "untrained"
+        folder = Path(args.output_dir) / "_untrained"
         with args.main_process_first(desc="making the model"):
             if args.should_save and not (folder / "config.json").is_file():
                 tokenizer = learn_tokenizer(iter(raw["train"][data_args.text_column]), model_args.vocab_size)
                 make_model(model_args, tokenizer, data_args.block_size).save_pretrained(folder)
                 tokenizer.save_pretrained(folder)
         model_args.model_name_or_path = str(folder)
-    name = model_args.model_name_or_path
+    name = str(model_args.model_name_or_path)
     tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or name, **where)
     size = min(data_args.block_size, tokenizer.model_max_length)
     cut = partial(into_blocks, tokenizer=tokenizer, column=data_args.text_column, size=size)
 
     data: dict[str, Any] = {}
-    limits = {"train": (args.do_train, data_args.max_train_samples)}
-    limits["validation"] = (args.do_eval, data_args.max_eval_samples)
-    for split, (wanted, limit) in limits.items():
-        if wanted and split not in raw:
-            raise ValueError(f"there is no {split} data: give --{split}_file, or a dataset that has that split.")
-        if wanted:
-            with args.main_process_first(desc=f"tokenising {split}"):
-                # Whole splits at once, so that no more than one block's worth is dropped.
-                rows = raw[split].map(cut, batched=True, batch_size=None, remove_columns=raw[split].column_names)
-            if not len(rows):
-                raise ValueError(f"the {split} data is shorter than one block: lower block_size={size}.")
-            data[split] = rows if limit is None else rows.select(range(min(limit, len(rows))))
+    for split, rows, limit in splits:
+        with args.main_process_first(desc=f"tokenising {split}"):
+            # Whole splits at once, so that no more than one block's worth is dropped.
+            blocks = rows.map(cut, batched=True, batch_size=None, remove_columns=rows.column_names)
+        if not len(blocks):
+            raise ValueError(f"the {split} data is shorter than one block: lower block_size={size}.")
+        data[split] = take(blocks, limit)
 
     common: dict[str, Any] = {
         "train_dataset": data.get("train"),
@@ -160,25 +152,23 @@ def run(model_args: LanguageModelArguments, data_args: DataTrainingArguments, ar
         "preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(-1),
     }
     load = Loader(AutoModelForCausalLM, **where)
-    model = dense_model(load, model_args, args, checkpoint, **common)
     trainer: Trainer
     if args.do_train:
         teacher = teacher_model(load, model_args)
+        model = dense_model(load, model_args, args, checkpoint, teacher, **common)
         trainer = SparseDistillTrainer(model, args, teacher_model=teacher, **common)
         metrics = prune(trainer, checkpoint)
     else:
-        trainer = Trainer(model, args, **common)
-        metrics = trainer.evaluate()
-    dataset = data_args.dataset_name or Path(str(data_args.train_file or data_args.validation_file)).name
+        trainer = Trainer(load(name), args, **common)
+        metrics = measure(trainer)
     metrics = with_perplexity(metrics)
-    finish(trainer, metrics, ["perplexity", "accuracy"], tasks="text-generation", finetuned_from=name, dataset=dataset)
+    card = {"tasks": "text-generation", "finetuned_from": name, "dataset": data_name(data_args)}
+    finish(trainer, metrics, ["perplexity", "accuracy"], **card)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run with these arguments; None = those of the command line."""
-    with tempfile.TemporaryDirectory() as scratch:
-        classes = (LanguageModelArguments, DataTrainingArguments, SparseDistillConfig)
-        run(*parse(classes, sys.argv[1:] if argv is None else argv, partial(tiny_tasks.clm, Path(scratch))))
+    launch(run, (LanguageModelArguments, DataTrainingArguments, SparseDistillConfig), tiny_tasks.clm, argv)
 
 
 if __name__ == "__main__":

@@ -14,29 +14,25 @@ Many GPUs:
 
 from __future__ import annotations
 
-import sys
-import tempfile
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tiny_tasks
 import torch
-from common import Loader, ModelArguments, dense_model, finish, option, parse, prune, start, teacher_model
+from common import DataArguments, ModelArguments, data_name, launch, option, start, take, wanted_splits
 from datasets import ClassLabel, DatasetDict, load_dataset
+from runs import Loader, dense_model, finish, measure, prune, teacher_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer
 
 from hf_sparse import SparseDistillConfig, SparseDistillTrainer
 
 
 @dataclass
-class DataTrainingArguments:
-    """What the model is trained and measured on."""
+class DataTrainingArguments(DataArguments):
+    """What the model is trained and measured on: a dataset of the Hub, or folders."""
 
-    dataset_name: str | None = option(None, "Dataset on the Hub.")
-    dataset_config_name: str | None = option(None, "Configuration of that dataset.")
     train_dir: str | None = option(None, "Folder of training images, one folder per class inside.")
     validation_dir: str | None = option(None, "Such a folder for --do_eval.")
     image_column: str = option("image", "Column of the images.")
@@ -44,7 +40,6 @@ class DataTrainingArguments:
     flip: bool = option(True, "Mirror training images at random.")
     max_train_samples: int | None = option(None, "Take only so many images, drawn at random.")
     max_eval_samples: int | None = option(None, "Take only so many images, drawn at random.")
-    smoke: bool = option(False, "Try the script in seconds, offline, on a tiny model and made-up images.")
 
 
 def load_images(data_args: DataTrainingArguments, cache_dir: str | None) -> Any:
@@ -121,19 +116,13 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, args: Spar
     processor = AutoImageProcessor.from_pretrained(name, **where)
 
     data: dict[str, Any] = {}
-    limits = {"train": (args.do_train, data_args.max_train_samples)}
-    limits["validation"] = (args.do_eval, data_args.max_eval_samples)
-    for split, (wanted, limit) in limits.items():
-        if wanted and split not in raw:
-            raise ValueError(f"there is no {split} data: give --{split}_dir, or a dataset that has that split.")
-        if wanted:
-            rows = raw[split]
-            if limit is not None and limit < len(rows):
-                rows = rows.shuffle(seed=args.seed).select(range(limit))
-            # Folders of another split may lack a class, and count the others differently.
-            ids = {i: names.index(text) for i, text in enumerate(rows.features[label].names)}
-            flip = data_args.flip and split == "train"
-            data[split] = rows.with_transform(Pixels(processor, image, label, ids, flip))
+    for split, rows, limit in wanted_splits(args, data_args, raw, (image, label)):
+        # Folders of another split may lack a class, and count the others differently.
+        if unknown := sorted(set(rows.features[label].names) - set(names)):
+            raise ValueError(f"the {split} data has the class {unknown[0]!r}, which is none of {names}.")
+        ids = {i: names.index(text) for i, text in enumerate(rows.features[label].names)}
+        flip = data_args.flip and split == "train"
+        data[split] = take(rows, limit, args.seed).with_transform(Pixels(processor, image, label, ids, flip))
 
     common: dict[str, Any] = {
         "train_dataset": data.get("train"),
@@ -142,24 +131,22 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, args: Spar
         "data_collator": collate,
         "compute_metrics": accuracy,
     }
-    model = dense_model(load, model_args, args, checkpoint, **common)
     trainer: Trainer
     if args.do_train:
         teacher = teacher_model(load, model_args)
+        model = dense_model(load, model_args, args, checkpoint, teacher, **common)
         trainer = SparseDistillTrainer(model, args, teacher_model=teacher, **common)
         metrics = prune(trainer, checkpoint)
     else:
-        trainer = Trainer(model, args, **common)
-        metrics = trainer.evaluate()
-    dataset = data_args.dataset_name or Path(str(data_args.train_dir or data_args.validation_dir)).name
-    finish(trainer, metrics, ["accuracy"], tasks="image-classification", finetuned_from=name, dataset=dataset)
+        trainer = Trainer(load(name), args, **common)
+        metrics = measure(trainer)
+    card = {"tasks": "image-classification", "finetuned_from": name, "dataset": data_name(data_args)}
+    finish(trainer, metrics, ["accuracy"], **card)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run with these arguments; None = those of the command line."""
-    with tempfile.TemporaryDirectory() as scratch:
-        classes = (ModelArguments, DataTrainingArguments, SparseDistillConfig)
-        run(*parse(classes, sys.argv[1:] if argv is None else argv, partial(tiny_tasks.images, Path(scratch))))
+    launch(run, (ModelArguments, DataTrainingArguments, SparseDistillConfig), tiny_tasks.images, argv)
 
 
 if __name__ == "__main__":

@@ -15,17 +15,15 @@ Many GPUs:
 
 from __future__ import annotations
 
-import sys
-import tempfile
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tiny_tasks
-from common import Loader, ModelArguments, dense_model, finish, load_splits, option, parse, prune, start, teacher_model
+from common import FileArguments, ModelArguments, data_name, launch, load_data, option, start, take, wanted_splits
 from datasets import ClassLabel, Dataset
+from runs import Loader, dense_model, finish, measure, prune, teacher_model
 from transformers import (
     AutoConfig,
     AutoModelForTokenClassification,
@@ -40,20 +38,13 @@ Span = tuple[int, int, str]
 
 
 @dataclass
-class DataTrainingArguments:
+class DataTrainingArguments(FileArguments):
     """What the model is trained and measured on."""
 
-    dataset_name: str | None = option(None, "Dataset on the Hub.")
-    dataset_config_name: str | None = option(None, "Configuration of that dataset.")
-    train_file: str | None = option(None, "Training data: json, jsonl or parquet.")
-    validation_file: str | None = option(None, "Data for --do_eval.")
     text_column: str = option("tokens", "Column of the words.")
     label_column: str = option("ner_tags", "Column of the tags, one per word.")
     max_seq_length: int = option(128, "Tokens after which a sentence is cut off.")
     label_all_tokens: bool = option(False, "Give every token of a word its tag, not only the first one.")
-    max_train_samples: int | None = option(None, "Take only so many sentences, the first ones.")
-    max_eval_samples: int | None = option(None, "Take only so many sentences, the first ones.")
-    smoke: bool = option(False, "Try the script in seconds, offline, on a tiny model and a made-up task.")
 
 
 def tag_names(data: Dataset, column: str) -> list[str]:
@@ -65,6 +56,17 @@ def tag_names(data: Dataset, column: str) -> list[str]:
         return list(feature.names)
     found = sorted({tag for tags in data[column] for tag in tags})
     return [str(tag) for tag in found]
+
+
+def check_tags(split: str, data: Dataset, text: str, label: str, ids: dict[Any, int]) -> None:
+    """Refuse tags that were never learned, and rows with more words than tags or the other way round."""
+    for i, (words, tags) in enumerate(zip(data[text], data[label], strict=True)):
+        if len(words) != len(tags):
+            raise ValueError(
+                f"row {i} of the {split} data has {len(words)} words and {len(tags)} tags: give one each."
+            )
+        if unknown := [tag for tag in tags if tag not in ids]:
+            raise ValueError(f"the {split} data holds the tag {unknown[0]!r}, which is none of {list(ids)}.")
 
 
 def encode(
@@ -123,9 +125,7 @@ class EntityMetric:
 def run(model_args: ModelArguments, data_args: DataTrainingArguments, args: SparseDistillConfig) -> None:
     """Load, fine-tune, prune, measure, save, publish."""
     checkpoint = start(args)
-    files = {"train": data_args.train_file, "validation": data_args.validation_file}
-    with args.main_process_first(desc="loading data"):
-        raw = load_splits(files, data_args.dataset_name, data_args.dataset_config_name, model_args.cache_dir)
+    raw = load_data(args, model_args, data_args)
     text, label = data_args.text_column, data_args.label_column
     reference = raw["train"] if "train" in raw else next(iter(raw.values()))
     names = tag_names(reference, label)
@@ -142,18 +142,11 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, args: Spar
     to_tokens = partial(encode, tokenizer=tokenizer, text=text, label=label, ids=ids, length=length, every=every)
 
     data: dict[str, Any] = {}
-    limits = {"train": (args.do_train, data_args.max_train_samples)}
-    limits["validation"] = (args.do_eval, data_args.max_eval_samples)
-    for split, (wanted, limit) in limits.items():
-        if wanted and split not in raw:
-            raise ValueError(f"there is no {split} data: give --{split}_file, or a dataset that has that split.")
-        if wanted:
-            rows = raw[split] if limit is None else raw[split].select(range(min(limit, len(raw[split]))))
-            unknown = {tag for column in rows[label] for tag in column} - set(ids)
-            if unknown:
-                raise ValueError(f"the {split} data holds the tag {sorted(unknown)[0]!r}, which is none of {names}.")
-            with args.main_process_first(desc=f"tokenising {split}"):
-                data[split] = rows.map(to_tokens, batched=True, remove_columns=rows.column_names)
+    for split, rows, limit in wanted_splits(args, data_args, raw, [text, label]):
+        rows = take(rows, limit)
+        check_tags(split, rows, text, label, ids)
+        with args.main_process_first(desc=f"tokenising {split}"):
+            data[split] = rows.map(to_tokens, batched=True, remove_columns=rows.column_names)
 
     common: dict[str, Any] = {
         "train_dataset": data.get("train"),
@@ -166,24 +159,22 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, args: Spar
     }
     labels = {"id2label": dict(enumerate(names)), "label2id": {tag: i for i, tag in enumerate(names)}}
     load = Loader(AutoModelForTokenClassification, **labels, **where)
-    model = dense_model(load, model_args, args, checkpoint, **common)
     trainer: Trainer
     if args.do_train:
         teacher = teacher_model(load, model_args)
+        model = dense_model(load, model_args, args, checkpoint, teacher, **common)
         trainer = SparseDistillTrainer(model, args, teacher_model=teacher, **common)
         metrics = prune(trainer, checkpoint)
     else:
-        trainer = Trainer(model, args, **common)
-        metrics = trainer.evaluate()
-    dataset = data_args.dataset_name or Path(str(data_args.train_file or data_args.validation_file)).name
-    finish(trainer, metrics, ["f1", "accuracy"], tasks="token-classification", finetuned_from=name, dataset=dataset)
+        trainer = Trainer(load(name), args, **common)
+        metrics = measure(trainer)
+    card = {"tasks": "token-classification", "finetuned_from": name, "dataset": data_name(data_args)}
+    finish(trainer, metrics, ["f1", "accuracy"], **card)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run with these arguments; None = those of the command line."""
-    with tempfile.TemporaryDirectory() as scratch:
-        classes = (ModelArguments, DataTrainingArguments, SparseDistillConfig)
-        run(*parse(classes, sys.argv[1:] if argv is None else argv, partial(tiny_tasks.ner, Path(scratch))))
+    launch(run, (ModelArguments, DataTrainingArguments, SparseDistillConfig), tiny_tasks.ner, argv)
 
 
 if __name__ == "__main__":

@@ -14,30 +14,26 @@ Many GPUs:
 
 from __future__ import annotations
 
-import sys
-import tempfile
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import tiny_tasks
-from common import Loader, ModelArguments, dense_model, finish, load_splits, option, parse, prune, start, teacher_model
+from common import FileArguments, ModelArguments, data_name, launch, load_splits, option, start, take, wanted_splits
+from runs import Loader, dense_model, finish, measure, prune, teacher_model
 from squad_answers import SquadMetric, encode, read_squad, split_articles
 from torch.utils.data import SequentialSampler
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, DataCollatorWithPadding, Trainer
 
 from hf_sparse import SparseDistillConfig, SparseDistillTrainer
 
+COLUMNS = ("id", "context", "question", "answers")
+
 
 @dataclass
-class DataTrainingArguments:
-    """What the model is trained and measured on."""
+class DataTrainingArguments(FileArguments):
+    """What the model is trained and measured on: data with the columns of SQuAD, or json as SQuAD publishes it."""
 
-    dataset_name: str | None = option(None, "Dataset on the Hub, with the columns of SQuAD.")
-    dataset_config_name: str | None = option(None, "Configuration of that dataset.")
-    train_file: str | None = option(None, "Training data: json (as SQuAD publishes it, gzipped or not), or rows.")
-    validation_file: str | None = option(None, "Data for --do_eval.")
     eval_articles: float = option(0.3, "Share of the articles of train_file to hold out, without a validation_file.")
     max_seq_length: int = option(384, "Tokens of question and context together; longer contexts are cut into several.")
     doc_stride: int = option(128, "Tokens that neighbours of one context share.")
@@ -45,7 +41,6 @@ class DataTrainingArguments:
     n_best_size: int = option(20, "Starts and ends that are combined to find an answer.")
     max_train_samples: int | None = option(None, "Take only so many questions, drawn at random.")
     max_eval_samples: int | None = option(None, "Take only so many questions, drawn at random.")
-    smoke: bool = option(False, "Try the script in seconds, offline, on a tiny model and a made-up task.")
 
 
 class InOrder:
@@ -81,27 +76,21 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, args: Spar
     checkpoint = start(args)
     with args.main_process_first(desc="loading data"):
         data = load_data(data_args, model_args.cache_dir)
-    name, where = model_args.model_name_or_path, {"cache_dir": model_args.cache_dir}
+    name, where = str(model_args.model_name_or_path), {"cache_dir": model_args.cache_dir}
     tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or name, **where)
+    if not tokenizer.is_fast:
+        raise ValueError(f"{name} has no fast tokenizer, which alone tells where in the text its tokens are.")
     length = min(data_args.max_seq_length, tokenizer.model_max_length)
     # Not more than a quarter of a short feature, beside a question that may be long.
     to_features = partial(encode, tokenizer=tokenizer, length=length, stride=min(data_args.doc_stride, length // 4))
 
     examples: dict[str, Any] = {}
     features: dict[str, Any] = {}
-    limits = {"train": (args.do_train, data_args.max_train_samples)}
-    limits["validation"] = (args.do_eval, data_args.max_eval_samples)
-    for split, (wanted, limit) in limits.items():
-        if wanted and split in data:
-            rows = data[split]
-            if limit is not None and limit < len(rows):
-                # The first ones would all be about one thing.
-                rows = rows.shuffle(seed=args.seed).select(range(limit))
-            with args.main_process_first(desc=f"tokenising {split}"):
-                features[split] = rows.map(to_features, batched=True, remove_columns=rows.column_names)
-            examples[split] = rows
-        elif wanted:
-            raise ValueError(f"there is no {split} data: give --{split}_file, or a dataset that has that split.")
+    for split, rows, limit in wanted_splits(args, data_args, data, COLUMNS):
+        # The first ones would all be about one thing.
+        examples[split] = rows = take(rows, limit, args.seed)
+        with args.main_process_first(desc=f"tokenising {split}"):
+            features[split] = rows.map(to_features, batched=True, remove_columns=rows.column_names)
 
     metric = None
     if args.do_eval:
@@ -118,24 +107,23 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, args: Spar
         "compute_metrics": metric,
     }
     load = Loader(AutoModelForQuestionAnswering, **where)
-    model = dense_model(load, model_args, args, checkpoint, QuestionAnsweringTrainer, **common)
+    trainers = (QuestionAnsweringTrainer, SparseQuestionAnsweringTrainer)
     trainer: Trainer
     if args.do_train:
         teacher = teacher_model(load, model_args)
+        model = dense_model(load, model_args, args, checkpoint, teacher, trainers, **common)
         trainer = SparseQuestionAnsweringTrainer(model, args, teacher_model=teacher, **common)
         metrics = prune(trainer, checkpoint)
     else:
-        trainer = QuestionAnsweringTrainer(model, args, **common)
-        metrics = trainer.evaluate()
-    dataset = data_args.dataset_name or Path(str(data_args.train_file or data_args.validation_file)).name
-    finish(trainer, metrics, ["exact_match", "f1"], tasks="question-answering", finetuned_from=name, dataset=dataset)
+        trainer = QuestionAnsweringTrainer(load(name), args, **common)
+        metrics = measure(trainer)
+    card = {"tasks": "question-answering", "finetuned_from": name, "dataset": data_name(data_args)}
+    finish(trainer, metrics, ["exact_match", "f1"], **card)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run with these arguments; None = those of the command line."""
-    with tempfile.TemporaryDirectory() as scratch:
-        classes = (ModelArguments, DataTrainingArguments, SparseDistillConfig)
-        run(*parse(classes, sys.argv[1:] if argv is None else argv, partial(tiny_tasks.qa, Path(scratch))))
+    launch(run, (ModelArguments, DataTrainingArguments, SparseDistillConfig), tiny_tasks.qa, argv)
 
 
 if __name__ == "__main__":

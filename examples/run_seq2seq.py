@@ -16,37 +16,28 @@ Many GPUs:
 
 from __future__ import annotations
 
-import sys
-import tempfile
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tiny_tasks
-from common import Loader, ModelArguments, dense_model, finish, load_splits, option, parse, prune, start, teacher_model
+from common import FileArguments, ModelArguments, data_name, launch, load_data, option, start, take, wanted_splits
+from runs import Loader, dense_model, finish, measure, prune, teacher_model
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq, Seq2SeqTrainer
 
 from hf_sparse import SparseDistillSeq2SeqConfig, SparseDistillSeq2SeqTrainer
 
 
 @dataclass
-class DataTrainingArguments:
+class DataTrainingArguments(FileArguments):
     """What the model is trained and measured on."""
 
-    dataset_name: str | None = option(None, "Dataset on the Hub.")
-    dataset_config_name: str | None = option(None, "Configuration of that dataset.")
-    train_file: str | None = option(None, "Training data: csv, json, jsonl or parquet.")
-    validation_file: str | None = option(None, "Data for --do_eval.")
     source_column: str = option("source", "Column of what is read.")
     target_column: str = option("target", "Column of what is to be written.")
     source_prefix: str = option("", "What is put before every source, as T5 wants it.")
     max_source_length: int = option(512, "Tokens after which a source is cut off.")
     max_target_length: int = option(128, "Tokens after which a target is cut off.")
-    max_train_samples: int | None = option(None, "Take only so many rows, the first ones.")
-    max_eval_samples: int | None = option(None, "Take only so many rows, the first ones.")
-    smoke: bool = option(False, "Try the script in seconds, offline, on a tiny model and a made-up task.")
 
 
 def encode(rows: dict[str, list[Any]], tokenizer: Any, data_args: DataTrainingArguments) -> dict[str, list[Any]]:
@@ -103,26 +94,15 @@ class TextMetric:
 def run(model_args: ModelArguments, data_args: DataTrainingArguments, args: SparseDistillSeq2SeqConfig) -> None:
     """Load, fine-tune, prune, measure, save, publish."""
     checkpoint = start(args)
-    files = {"train": data_args.train_file, "validation": data_args.validation_file}
-    with args.main_process_first(desc="loading data"):
-        raw = load_splits(files, data_args.dataset_name, data_args.dataset_config_name, model_args.cache_dir)
+    raw = load_data(args, model_args, data_args)
     name, where = str(model_args.model_name_or_path), {"cache_dir": model_args.cache_dir}
     tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or name, **where)
     to_ids = partial(encode, tokenizer=tokenizer, data_args=data_args)
 
     data: dict[str, Any] = {}
-    limits = {"train": (args.do_train, data_args.max_train_samples)}
-    limits["validation"] = (args.do_eval, data_args.max_eval_samples)
-    for split, (wanted, limit) in limits.items():
-        if wanted and split not in raw:
-            raise ValueError(f"there is no {split} data: give --{split}_file, or a dataset that has that split.")
-        if wanted:
-            rows = raw[split] if limit is None else raw[split].select(range(min(limit, len(raw[split]))))
-            for column in (data_args.source_column, data_args.target_column):
-                if column not in rows.column_names:
-                    raise ValueError(f"the {split} data has no column {column!r}, only {rows.column_names}.")
-            with args.main_process_first(desc=f"tokenising {split}"):
-                data[split] = rows.map(to_ids, batched=True, remove_columns=rows.column_names)
+    for split, rows, limit in wanted_splits(args, data_args, raw, (data_args.source_column, data_args.target_column)):
+        with args.main_process_first(desc=f"tokenising {split}"):
+            data[split] = take(rows, limit).map(to_ids, batched=True, remove_columns=rows.column_names)
 
     load = Loader(AutoModelForSeq2SeqLM, **where)
     if args.generation_max_length is None:
@@ -137,25 +117,23 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, args: Spar
         # Without generation there are only the logits of the right text, which say little.
         "compute_metrics": TextMetric(tokenizer) if args.predict_with_generate else None,
     }
-    model = dense_model(load, model_args, args, checkpoint, Seq2SeqTrainer, **common)
     trainer: Any
     if args.do_train:
-        teacher = teacher_model(load, model_args)
+        teacher, trainers = teacher_model(load, model_args), (Seq2SeqTrainer, SparseDistillSeq2SeqTrainer)
+        model = dense_model(load, model_args, args, checkpoint, teacher, trainers, **common)
         trainer = SparseDistillSeq2SeqTrainer(model, args, teacher_model=teacher, **common)
         metrics = prune(trainer, checkpoint)
     else:
-        trainer = Seq2SeqTrainer(model, args, **common)
-        metrics = trainer.evaluate()
+        trainer = Seq2SeqTrainer(load(name), args, **common)
+        metrics = measure(trainer)
     names = ["rouge_l", "exact_match"] if args.predict_with_generate else ["loss"]
-    dataset = data_args.dataset_name or Path(str(data_args.train_file or data_args.validation_file)).name
-    finish(trainer, metrics, names, tasks="text2text-generation", finetuned_from=name, dataset=dataset)
+    card = {"tasks": "text2text-generation", "finetuned_from": name, "dataset": data_name(data_args)}
+    finish(trainer, metrics, names, **card)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run with these arguments; None = those of the command line."""
-    with tempfile.TemporaryDirectory() as scratch:
-        classes = (ModelArguments, DataTrainingArguments, SparseDistillSeq2SeqConfig)
-        run(*parse(classes, sys.argv[1:] if argv is None else argv, partial(tiny_tasks.seq2seq, Path(scratch))))
+    launch(run, (ModelArguments, DataTrainingArguments, SparseDistillSeq2SeqConfig), tiny_tasks.seq2seq, argv)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,6 @@ Many GPUs:
 from __future__ import annotations
 
 import shutil
-import sys
-import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,9 +27,10 @@ from typing import Any
 import numpy as np
 import tiny_tasks
 import torch
-from common import ModelArguments, finish, load_splits, option, parse, start
+from common import FileArguments, ModelArguments, data_name, launch, load_data, option, start, take, wanted_splits
 from datasets import Dataset
 from glue_data import spearman
+from runs import finish
 from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding
 
 from hf_sparse import SparseDistillConfig, SparseDistillTrainer
@@ -42,19 +41,13 @@ _AROUND = ("modules.json", "config_sentence_transformers.json", "sentence_bert_c
 
 
 @dataclass
-class DataTrainingArguments:
-    """What the model is trained and measured on."""
+class DataTrainingArguments(FileArguments):
+    """What the model is trained and measured on; txt files hold a sentence per line."""
 
-    dataset_name: str | None = option(None, "Dataset on the Hub.")
-    dataset_config_name: str | None = option(None, "Configuration of that dataset.")
-    train_file: str | None = option(None, "Sentences: txt (one per line), csv, json, jsonl or parquet.")
-    validation_file: str | None = option(None, "Data for --do_eval.")
     text_columns: str = option("text", "Columns of sentences, separated by commas; two of them are pairs.")
     score_column: str | None = option(None, "Column that says how similar the sentences of a pair are.")
     max_seq_length: int = option(128, "Tokens after which a sentence is cut off.")
     max_train_samples: int | None = option(None, "Take only so many sentences, the first ones.")
-    max_eval_samples: int | None = option(None, "Take only so many rows, the first ones.")
-    smoke: bool = option(False, "Try the script in seconds, offline, on a tiny model and made-up sentences.")
 
 
 class Embedder:
@@ -103,23 +96,22 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, args: Spar
         raise ValueError("this script prunes an encoder as it is: give --do_train, and no --finetune_epochs.")
     # There are no labels: all that is learned is the teacher's embedding.
     args.task_weight, args.kd_weight = 0.0, args.kd_weight or 1.0
-    files = {"train": data_args.train_file, "validation": data_args.validation_file}
-    with args.main_process_first(desc="loading data"):
-        raw = load_splits(files, data_args.dataset_name, data_args.dataset_config_name, model_args.cache_dir)
-    columns = data_args.text_columns.split(",")
-    for column in [*columns, *([data_args.score_column] if data_args.score_column else [])]:
-        for split in [split for split in ("train", "validation") if split in raw]:
-            if column not in raw[split].column_names and not (split == "train" and column == data_args.score_column):
-                raise ValueError(f"the {split} data has no column {column!r}, only {raw[split].column_names}.")
+    raw = load_data(args, model_args, data_args)
+    columns = [column.strip() for column in data_args.text_columns.split(",")]
     if data_args.score_column and len(columns) != 2:
         raise ValueError(f"score_column needs two text_columns, found {columns}.")
+    splits = {split: (rows, limit) for split, rows, limit in wanted_splits(args, data_args, raw, columns)}
+    evals = take(*splits["validation"]) if args.do_eval else None
+    if evals is not None and data_args.score_column not in (None, *evals.column_names):
+        raise ValueError(f"score_column={data_args.score_column!r} is not among the columns {evals.column_names}.")
     name, where = str(model_args.model_name_or_path), {"cache_dir": model_args.cache_dir}
     tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or name, **where)
     length = min(data_args.max_seq_length, tokenizer.model_max_length)
     model = AutoModel.from_pretrained(name, **where)
 
-    sentences = [text for column in columns for text in raw["train"][column] if text and not text.isspace()]
-    sentences = list(dict.fromkeys(sentences))[: data_args.max_train_samples]
+    rows, limit = splits["train"]
+    sentences = [text for column in columns for text in rows[column] if text and not text.isspace()]
+    sentences = list(dict.fromkeys(sentences))[:limit]
     to_ids = partial(tokenizer, truncation=True, max_length=length)
     with args.main_process_first(desc="tokenising"):
         train = Dataset.from_dict({"text": sentences}).map(
@@ -131,12 +123,7 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, args: Spar
         processing_class=tokenizer, data_collator=DataCollatorWithPadding(tokenizer),
     )  # fmt: skip
     embed = Embedder(tokenizer, args.embedding_pooling, length, args.per_device_eval_batch_size)
-    evals = None
-    if args.do_eval:
-        if "validation" not in raw:
-            raise ValueError("there is no validation data: give --validation_file, or a dataset that has that split.")
-        evals, limit = raw["validation"], data_args.max_eval_samples
-        evals = evals if limit is None else evals.select(range(min(limit, len(evals))))
+    if evals is not None:
         dense = measure(embed, trainer.student, evals, columns, data_args.score_column)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
@@ -153,8 +140,8 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, args: Spar
     if trainer.is_world_process_zero():
         copy_around(Path(name), Path(args.output_dir))
     names = ["cosine_to_dense", *(["spearman"] if data_args.score_column else [])]
-    dataset = data_args.dataset_name or Path(str(data_args.train_file)).name
-    finish(trainer, metrics, names, tasks="sentence-similarity", finetuned_from=name, dataset=dataset)
+    card = {"tasks": "sentence-similarity", "finetuned_from": name, "dataset": data_name(data_args)}
+    finish(trainer, metrics, names, **card)
 
 
 def copy_around(source: Path, target: Path) -> None:
@@ -169,9 +156,7 @@ def copy_around(source: Path, target: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run with these arguments; None = those of the command line."""
-    with tempfile.TemporaryDirectory() as scratch:
-        classes = (ModelArguments, DataTrainingArguments, SparseDistillConfig)
-        run(*parse(classes, sys.argv[1:] if argv is None else argv, partial(tiny_tasks.sentences, Path(scratch))))
+    launch(run, (ModelArguments, DataTrainingArguments, SparseDistillConfig), tiny_tasks.sentences, argv)
 
 
 if __name__ == "__main__":

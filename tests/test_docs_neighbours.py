@@ -1,7 +1,10 @@
 """Every line of Python of docs/neighbours.md runs, in its order, on tiny models; where its packages are installed."""
 
+import contextlib
 import json
 import re
+import sqlite3
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -111,26 +114,87 @@ def test_sentence_transformers(names: dict[str, Any]) -> None:
     assert hf_sparse.report(inside).sparsity == pytest.approx(hf_sparse.report("out/encoder").sparsity)
 
 
-def test_tensorboard_holds_every_term(names: dict[str, Any], tmp_path: Path) -> None:
-    needs("tensorboard")
+TERMS = ("sparsity", "graft_prob", "penalty", "loss_task", "loss_kd", "loss_hidden", "loss")
+
+
+def logged(names: dict[str, Any], folder: Path, to: str, **given: Any) -> dict[str, list[float]]:
+    """Train with the settings of the page, all that is logged going to one logger: what the run itself recorded."""
     names["SparseDistillConfig"] = SparseDistillConfig
     run("Logging: TensorBoard, W&B, trackio", names)
-    given = {
-        key: getattr(names["args"], key) for key in ("report_to", "logging_strategy", "logging_steps", "max_steps")
-    }
-    trainer = make_trainer(bert(), tmp_path / "logged", rows("classes", 8), sparsity=0.5, hidden_weight=0.1, **given)
+    keys = ("logging_strategy", "logging_steps", "max_steps")
+    settings = {key: getattr(names["args"], key) for key in keys}
+    trainer = make_trainer(bert(), folder, rows("classes", 8), sparsity=0.5, hidden_weight=0.1, graft_start=0.5,
+                           penalty_weight=1e-4, report_to=[to], **{**settings, **given})  # fmt: skip
     trainer.train()
+    return {term: [row[term] for row in trainer.state.log_history if term in row] for term in TERMS}
+
+
+def test_tensorboard_holds_every_term(names: dict[str, Any], tmp_path: Path) -> None:
+    needs("tensorboard")
+    expected = logged(names, tmp_path / "logged", "tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (file,) = tmp_path.rglob("events.out.tfevents.*")
     events = EventAccumulator(str(file.parent))
     events.Reload()
-    tags = set(events.Tags()["scalars"])
-    terms = ("sparsity", "graft_prob", "penalty", "loss_task", "loss_kd", "loss_hidden", "loss")
-    assert {f"train/{term}" for term in terms} <= tags
-    logged = [event.value for event in events.Scalars("train/sparsity")]
-    assert logged == pytest.approx([row["sparsity"] for row in trainer.state.log_history if "sparsity" in row])
+    assert {f"train/{term}" for term in TERMS} <= set(events.Tags()["scalars"])
+    for term, values in expected.items():
+        assert len(values) == 2 and [e.value for e in events.Scalars(f"train/{term}")] == pytest.approx(values), term
     assert "sparsity" in events.Tensors("args/text_summary")[0].tensor_proto.string_val[0].decode()
+
+
+def wandb_records(content: bytes) -> Iterator[bytes]:
+    """The records of an offline run: a log as LevelDB writes it, in blocks of 32 KiB, after a header of 7 bytes."""
+    assert content[:4] == b":W&B"
+    at, record = 7, b""
+    while at + 7 <= len(content):
+        if (left := -at % 32768) and left < 7:
+            at += left
+            continue
+        length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+        record += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part of one
+            yield record
+            record = b""
+
+
+def test_wandb_holds_every_term(names: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs("wandb")
+    import wandb
+    from wandb.proto import wandb_internal_pb2
+
+    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(name, value)
+    expected = logged(names, tmp_path / "logged", "wandb")
+    wandb.finish()
+    (file,) = tmp_path.rglob("*.wandb")
+    rows_written, config = [], {}
+    for data in wandb_records(file.read_bytes()):
+        record = wandb_internal_pb2.Record.FromString(data)
+        if record.history.item:
+            items = record.history.item
+            rows_written.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items})
+        for update in (*record.config.update, *record.run.config.update):
+            config["/".join(update.nested_key) or update.key] = json.loads(update.value_json)
+    for term, values in expected.items():
+        written = [row[f"train/{term}"] for row in rows_written if f"train/{term}" in row]
+        assert len(values) == 2 and written == pytest.approx(values), term
+    assert config["sparsity"] == 0.5 and config["block_height"] == 4
+
+
+def test_trackio_holds_every_term(names: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs("trackio")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    expected = logged(names, tmp_path / "logged", "trackio", project="pruning", run_name="one")
+    (file,) = (tmp_path / "trackio").glob("*.db")
+    with contextlib.closing(sqlite3.connect(file)) as database:
+        rows_written = [json.loads(row[0]) for row in database.execute("SELECT metrics FROM metrics ORDER BY id")]
+        configs = [json.loads(row[0]) for row in database.execute("SELECT config FROM configs")]
+    for term, values in expected.items():
+        written = [row[f"train/{term}"] for row in rows_written if f"train/{term}" in row]
+        assert len(values) == 2 and written == pytest.approx(values), term
+    assert configs[0]["sparsity"] == 0.5 and configs[0]["block_height"] == 4
 
 
 def test_optuna_space(names: dict[str, Any]) -> None:

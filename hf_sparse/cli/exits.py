@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import fnmatch
-import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from hf_sparse.cli.convert import Destination, write_folder
-from hf_sparse.cli.support import (
-    Debug,
-    Force,
-    Json,
-    ModelFolder,
-    check_destination,
-    check_model_folder,
-    guarded,
-    load_model,
-    print_json,
-    quiet_transformers,
-)
+from hf_sparse.cli.folders import Destination, check_folders, copy_others, write_folder
+from hf_sparse.cli.support import Debug, Force, Json, ModelFolder, guarded, load_model, print_json
+
+if TYPE_CHECKING:
+    from hf_sparse.inference.exits.crop import LayerUnits
 
 # Beside the weights, an exported model needs what prepares its inputs; cards and pictures tell of another folder.
 _LEFT_OUT = ("config.json", "README.md", "*.png", "hf_sparse_card.json")
@@ -40,34 +30,46 @@ def crop(
 
     The copy is dense and gives the same outputs up to rounding: what dead units still gave is folded into biases.
     """
-    check_model_folder(src)
-    check_destination(src, dst, force)
-    quiet_transformers()
+    check_folders(src, dst, force)
+    if multiple < 1:
+        raise ValueError(f"--multiple {multiple} must be at least 1.")
     from hf_sparse.inference.exits.crop import crop as crop_model
-    from hf_sparse.inference.exits.structure import croppable_layers
+    from hf_sparse.inference.exits.crop import sizes_told, units_of
 
     model = load_model(src)
-    fields = sorted({layer.feed_forward.size for layer in croppable_layers(model)})
-    before = _sizes(model, fields)
-    after = _sizes(crop_model(model, multiple=multiple), fields)
+    before, units = sizes_told(model), units_of(model)
+    after = sizes_told(crop_model(model, multiple=multiple))
     if before == after:
-        raise ValueError(
-            f"{src} has no units that are dead in every layer, so nothing can be cropped. `hf-sparse export` cuts "
-            f"each layer as far as it goes."
-        )
-    written = write_folder(model.save_pretrained, src, dst, "dense")
+        raise ValueError(_nothing_to_crop(src, units, multiple))
+
+    def convert(staging: Path) -> None:
+        model.save_pretrained(staging)
+        # What plain from_pretrained would not read back as it was is no exit.
+        load_model(staging)
+
+    written = write_folder(convert, src, dst, "dense")
+    left = sum(units_of(model)[name].total - found.live for name, found in units.items())
     if as_json:
-        print_json({"path": str(dst), "before": before, "after": after, "bytes": written.dense_bytes})
-    else:
-        sizes = ", ".join(f"{name} {before[name]} -> {after[name]}" for name in fields)
-        typer.echo(f"{dst}: {sizes}, {written.dense_bytes:,} bytes")
+        sizes = {"before": before, "after": after}
+        print_json({"path": str(dst), **sizes, "dead_units_left": left, "bytes": written.dense_bytes})
+        return
+    sizes_said = ", ".join(f"{name} {before[name]} -> {after[name]}" for name in before if before[name] != after[name])
+    typer.echo(f"{dst}: {sizes_said}, {written.dense_bytes:,} bytes")
+    if left:
+        typer.echo(
+            f"{left} dead units stay, because all layers are as large as the one that needs most: `hf-sparse export` "
+            f"cuts each as far as it goes.",
+            err=True,
+        )
 
 
 @guarded
 def export(
     src: ModelFolder,
     dst: Destination,
-    to: Annotated[str, typer.Option(help="onnx, openvino or torch (a program of torch.export).")] = "onnx",
+    to: Annotated[
+        Literal["onnx", "openvino", "torch"], typer.Option(help="Form to write; torch is a program of torch.export.")
+    ] = "onnx",
     crop: Annotated[
         bool | None,
         typer.Option(
@@ -83,17 +85,11 @@ def export(
 
     Pruned blocks become zeros, which those engines do not skip; what died as a whole is cut away.
     """
-    check_model_folder(src)
-    check_destination(src, dst, force)
-    quiet_transformers()
-    from hf_sparse.hub.push import TRAINING_STATE, WEIGHT_FILES
+    check_folders(src, dst, force)
     from hf_sparse.inference.exits.export import export as export_model
 
     errors = export_model(load_model(src), dst, to=to, crop=crop)
-    left_out = (*_LEFT_OUT, *TRAINING_STATE, *WEIGHT_FILES)
-    for file in sorted(path for path in src.iterdir() if path.is_file()):
-        if not any(fnmatch.fnmatch(file.name, pattern) for pattern in left_out):
-            shutil.copy2(file, dst / file.name)
+    copy_others(src, dst, _LEFT_OUT)
     files = {file.name: file.stat().st_size for file in sorted(Path(dst).iterdir()) if file.is_file()}
     if as_json:
         print_json({"path": str(dst), "to": to, "largest_difference": errors, "files": files})
@@ -102,5 +98,18 @@ def export(
         typer.echo(f"{dst}: {', '.join(files)}; checked: {told}")
 
 
-def _sizes(model: Any, fields: list[str]) -> dict[str, int]:
-    return {name: getattr(model.config, name) or 4 * model.config.hidden_size for name in fields}
+def _nothing_to_crop(src: Path, units: dict[str, LayerUnits], multiple: int) -> str:
+    dead = sum(found.total - found.live for found in units.values())
+    if not dead:
+        return (
+            f"{src} has no dead unit, so nothing can be cropped: units die as a whole where they are pruned so, "
+            f'with feed_forward="units" or the preset "hybrid".'
+        )
+    fullest = max(units, key=lambda name: units[name].live / units[name].total)
+    needed = units[fullest]
+    rounded = f" in multiples of {multiple}" if multiple > 1 else ""
+    return (
+        f"{src} has {dead} dead units, but {fullest} needs {needed.live} of its {needed.total}{rounded}, and a config "
+        f"holds one size for all layers: `hf-sparse export` cuts each as far as it goes, and a budget for each layer "
+        f'(sparsity_scope="layer") makes them equal.'
+    )

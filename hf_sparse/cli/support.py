@@ -140,20 +140,6 @@ def local_folder(model: str, revision: str | None = None) -> Path | None:
     return None
 
 
-def check_destination(source: Path, destination: Path, force: bool) -> None:
-    """Refuse a destination that holds something already.
-
-    Raises:
-        FileExistsError: if the destination is a file, the source itself, or, without `force`, not empty.
-    """
-    if destination.resolve() == source.resolve():
-        raise FileExistsError(f"{destination} is the source itself: name another folder.")
-    if destination.exists() and not destination.is_dir():
-        raise FileExistsError(f"{destination} is a file: name a folder.")
-    if destination.is_dir() and any(destination.iterdir()) and not force:
-        raise FileExistsError(f"{destination} is not empty: name another folder, or overwrite it with --force.")
-
-
 def is_compressed(folder: Path) -> bool:
     """Tell whether a folder holds a compressed model.
 

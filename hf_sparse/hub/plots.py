@@ -146,7 +146,7 @@ def draw_training(history: Sequence[dict[str, float]]) -> tuple[Figure, str]:
             few = len(curve) < 12
             axes.plot(*zip(*curve, strict=True), color=hue, lw=1.4, label=name,
                       marker="o" if few else "", ms=3)  # fmt: skip
-        _style(axes, title)
+        style(axes, title)
         axes.set_xlabel("step", fontsize=7.5, color=MUTED)
         axes.set_xlim(left=0.0)
         if title == "sparsity and grafting":
@@ -183,7 +183,7 @@ def draw_tradeoff(facts: CardFacts) -> tuple[Figure, str]:
             axes.annotate("", (pruned, metric.value), (dense, dense_score), arrowprops=arrow)
             axes.plot(dense, dense_score, "o", mfc="white", mec=hue, ms=7, label=f"dense{note}")
             axes.plot(pruned, metric.value, "o", color=hue, ms=7, label=f"this model{note}")
-        _style(axes, f"{name} against {label.split(' (')[0]}")
+        style(axes, f"{name} against {label.split(' (')[0]}")
         axes.set_xlabel(label, fontsize=7.5, color=MUTED)
         axes.set_xlim(0.0, 1.12 * max(max(dense, pruned) for _, dense, pruned in pairs))
         axes.set_ylim(middle - reach, middle + reach)
@@ -218,10 +218,11 @@ def _side_by_side(count: int) -> tuple[Figure, Sequence[Axes]]:
     return figure, figure.subplots(1, count, squeeze=False, gridspec_kw={**margins, "wspace": 0.22})[0]
 
 
-def _style(axes: Axes, title: str) -> None:
+def style(axes: Axes, title: str, label_size: float = 7.0, grid_width: float = 0.6) -> None:
+    """Make axes look like those of all pictures: a title, quiet labels, lines across, no frame."""
     axes.set_title(title, fontsize=9, color=INK, loc="left")
-    axes.tick_params(labelsize=7, colors=MUTED, length=0)
-    axes.grid(axis="y", color=GRID, lw=0.6)
+    axes.tick_params(labelsize=label_size, colors=MUTED, length=0)
+    axes.grid(axis="y", color=GRID, lw=grid_width)
     axes.set_axisbelow(True)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)

@@ -15,9 +15,11 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from hf_sparse.core.report import report
 
-# State of a training run, of no use to who loads the model; training_args.bin is a pickle besides.
+# State of a training run, of no use to who loads the model; training_args.bin is a pickle besides. Folders that begin
+# with "_" are left out by `Trainer.push_to_hub`, too: the example scripts keep their dense model in one.
 TRAINING_STATE = (
     "checkpoint-*/**",
+    "_*/**",
     ".saving-*/**",
     ".saved-*/**",
     "training_args.bin",

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from hf_sparse.core.blocks import BlockShape
 from hf_sparse.core.targets import compile_pattern
-from hf_sparse.training.distillation.layerwise import LayerMap, parse_layer_map
+from hf_sparse.training.distillation.layerwise import Layers, parse_layer_map
 from hf_sparse.training.presets import PRESETS
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -117,7 +117,8 @@ class SparseDistillConfig(TrainingArguments):
         default=None,
         metadata={
             "help": 'Which teacher layer each layer learns from, for hidden_weight and attention_weight: "uniform", '
-            "or a JSON list with one number (from 0) or null per layer. None = one to one."
+            "or a JSON list with one number (from 0) or null per layer; or one of these for each side: "
+            '\'{"encoder": [1, 3], "decoder": "uniform"}\'. None = one to one.'
         },
     )
     graft_start: float = _field(1.0, "Probability, at the start, that a layer runs the student; 1 = no grafting.")
@@ -247,8 +248,8 @@ class SparseDistillConfig(TrainingArguments):
         return {pattern: (shape[0], shape[1]) for pattern, shape in parsed.items()}
 
     @property
-    def teacher_layers(self) -> str | LayerMap | None:
-        """`layer_map` parsed: None, "uniform" or one entry per layer."""
+    def teacher_layers(self) -> Layers | None:
+        """`layer_map` parsed: None, "uniform" or one entry per layer, or {side: one of these}."""
         return parse_layer_map(self.layer_map)
 
     @property

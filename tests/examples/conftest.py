@@ -21,7 +21,7 @@ def _datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _log_levels() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in ("run_glue", "examples", "hf_sparse")]
+    loggers = [logging.getLogger(name) for name in ("examples", "hf_sparse")]
     levels = [logger.level for logger in loggers]
     yield
     for logger, level in zip(loggers, levels, strict=True):

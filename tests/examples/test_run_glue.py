@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import common
 import glue_data
 import numpy as np
 import pytest
@@ -100,7 +101,7 @@ def test_the_saved_model_measures_the_same_on_its_own(base: list[str], tmp_path:
 def test_a_run_goes_on_from_its_last_checkpoint(
     made: Path, base: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "run_glue")
+    caplog.set_level(logging.INFO, "examples")
     steps = ["--model_name_or_path", str(made / "encoder"), "--finetune_epochs", "1", "--save_strategy", "steps"]
     steps += ["--save_steps", "2", "--output_dir", str(tmp_path / "run")]
     run_glue.main([*base, *SHORT, *steps])
@@ -119,13 +120,13 @@ def test_a_run_goes_on_from_its_last_checkpoint(
 def test_a_run_can_begin_anew_beside_checkpoints(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "checkpoint-7").mkdir()
     args = SimpleNamespace(do_train=True, output_dir=str(tmp_path), resume_from_checkpoint=None)
-    assert run_glue.find_checkpoint(args) == str(tmp_path / "checkpoint-7")
+    assert common.find_checkpoint(args) == str(tmp_path / "checkpoint-7")
     for asked, expected in (("true", str(tmp_path / "checkpoint-7")), ("false", None), ("elsewhere", "elsewhere")):
         args.resume_from_checkpoint = asked
-        assert run_glue.find_checkpoint(args) == expected
+        assert common.find_checkpoint(args) == expected
     args.resume_from_checkpoint, args.output_dir = "true", str(tmp_path / "new")
     with pytest.raises(ValueError, match=r"output_dir='.*new' holds no checkpoint"):
-        run_glue.find_checkpoint(args)
+        common.find_checkpoint(args)
 
 
 @pytest.mark.parametrize("kind", ["csv", "json", "parquet"])
@@ -183,8 +184,8 @@ def test_foreign_label_names_are_replaced_with_a_warning(
     model = AutoModelForSequenceClassification.from_pretrained(made / "classifier")
     model.config.label2id, model.config.id2label = {"down": 0, "up": 1}, {0: "down", 1: "up"}
     model.save_pretrained(tmp_path)
-    loaded, is_new = run_glue.load_model(str(tmp_path), run_glue.ModelArguments(), {"a": "bad", "b": "good"})
-    assert loaded.config.id2label == {0: "bad", 1: "good"} and not is_new
+    load = run_glue.ClassifierLoader(run_glue.ModelArguments(), {"a": "bad", "b": "good"})
+    assert load(str(tmp_path)).config.id2label == {0: "bad", 1: "good"} and not load.new
     assert "calls its labels ['down', 'up'], the data ['bad', 'good']" in caplog.text
 
 
@@ -198,7 +199,7 @@ def test_a_given_teacher_is_what_is_measured_as_dense(made: Path, base: list[str
         "1e-2",
     ]
     run_glue.main([*base, *SHORT, *teach, f"--output_dir={tmp_path / 'first'}"])
-    teacher = ["--teacher_model_name_or_path", str(tmp_path / "first/dense")]
+    teacher = ["--teacher_model_name_or_path", str(tmp_path / "first/_dense")]
     run_glue.main([*base, *SHORT, *teacher, f"--output_dir={tmp_path / 'second'}"])
     first, second = results(tmp_path / "first"), results(tmp_path / "second")
     assert second["dense_loss"] == pytest.approx(first["dense_loss"])
@@ -274,6 +275,7 @@ def test_two_processes_train_one_model(made: Path, tmp_path: Path) -> None:
             r"train_file='x.txt' cannot be read: .* must end in one of",
         ),
         (["--model_name_or_path=m", "--train_file={made}/train.csv", "--do_eval"], "validation_file is missing"),
+        (["--smoke", "--max_predict_samples=0"], "max_predict_samples=0 must be at least 1; leave it out"),
     ],
 )
 def test_arguments_that_cannot_work_are_refused(
@@ -297,11 +299,25 @@ def test_a_model_without_a_trained_head_is_refused_as_teacher(made: Path, base: 
 def test_what_does_not_fit_is_refused_before_fine_tuning(
     made: Path, base: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "run_glue")
+    caplog.set_level(logging.INFO, "examples")
     dense = [f"--model_name_or_path={made / 'encoder'}", "--finetune_epochs=1", f"--output_dir={tmp_path}"]
     with pytest.raises(ValueError, match="7"):
         run_glue.main([*base, *SHORT, *dense, "--block_height=7"])
     assert "Fine-tuning" not in caplog.text
+
+
+def test_a_head_is_learned_also_where_pruning_freezes_it(made: Path, base: list[str], tmp_path: Path) -> None:
+    dense = [f"--model_name_or_path={made / 'encoder'}", "--finetune_epochs=1", f"--output_dir={tmp_path}"]
+    run_glue.main([*base, *SHORT, *dense, "--train_only_layers", "true", "--finetune_learning_rate=1e-2"])
+    heads = [load_file(folder / "model.safetensors") for folder in (tmp_path / "_dense", tmp_path)]
+    # Trained biases are zero no more, and stay what they are while the layers alone are trained.
+    assert heads[0]["classifier.bias"].abs().max() > 0
+    assert (heads[0]["classifier.bias"] == heads[1]["classifier.bias"]).all()
+
+
+def test_a_revision_is_that_of_the_model_to_prune_alone() -> None:
+    load = run_glue.ClassifierLoader(run_glue.ModelArguments(model_name_or_path="me/m", model_revision="v2"), None)
+    assert load.where("me/m")["revision"] == "v2" and "revision" not in load.where("me/teacher")
 
 
 def test_labels_that_were_never_learned_are_refused(made: Path, base: list[str], tmp_path: Path) -> None:
@@ -505,6 +521,6 @@ def test_every_launch_line_of_the_docs_is_accepted(tmp_path: Path, monkeypatch: 
     lines = re.findall(r"^ {4}.*examples/run_glue\.py (.*)$", text, re.M)
     assert len(lines) >= 4
     for line in lines:
-        arguments = line.split("#")[0].replace("...", "--model_name_or_path m").split()
+        arguments = line.split("#")[0].replace("...", "--model_name_or_path m --do_train").split()
         model_args, _, _ = run_glue.parse_arguments([*arguments, "--use_cpu"], tmp_path)
         assert model_args.model_name_or_path

@@ -16,6 +16,7 @@ import run_image_classification
 import run_ner
 import run_qa
 import run_seq2seq
+import runs
 import squad_answers
 import tiny_tasks
 import train_sentence_embeddings
@@ -85,13 +86,13 @@ def test_an_interrupted_run_goes_on_with_the_same_dense_model(tmp_path: Path, mo
     run_ner.main(arguments)
     first = results(tmp_path / "out")
     trained: list[str] = []
-    plain = common.Trainer.train
+    plain = runs.Trainer.train
 
     def train(self: Any, *given: Any, **named: Any) -> Any:
         trained.append(type(self).__name__)
         return plain(self, *given, **named)
 
-    monkeypatch.setattr(common.Trainer, "train", train)
+    monkeypatch.setattr(runs.Trainer, "train", train)
     run_ner.main(arguments)
     assert trained == ["SparseDistillTrainer"]
     assert results(tmp_path / "out")["eval_loss"] == pytest.approx(first["eval_loss"], rel=1e-6)
@@ -125,6 +126,17 @@ def test_an_evaluation_alone(tmp_path: Path) -> None:
         (run_ner, ["--smoke", "--finetune_epochs=0"], r"has no trained head for this task \(classifier.bias is new\)"),
         (run_clm, ["--smoke", "--block_size=100000"], "the train data is shorter than one block: lower block_size"),
         (run_ner, ["--smoke", "--label_column=tags"], r"label_column='tags' is not among the columns \['tokens'"),
+        (run_ner, ["--smoke", "--text_column=words"], r"the train data has no column 'words', only \['tokens'"),
+        (run_ner, ["--smoke", "--do_predict"], "this script knows no --do_predict, only --do_train, --do_eval"),
+        (run_ner, ["--smoke", "--finetune_epochs=-1"], "finetune_epochs=-1.0 must be at least 0"),
+        (run_seq2seq, ["--smoke", "--max_train_samples=0"], "max_train_samples=0 must be at least 1; leave it out to"),
+        (run_seq2seq, ["--smoke", "--target_column=summary"], r"no column 'summary', only \['source', 'target'\]"),
+        (run_clm, ["--smoke", "--text_column=content"], r"the train data has no column 'content', only \['text'\]"),
+        (run_clm, ["--smoke", "--block_size=1"], "block_size=1 must be at least 2: a token and the next one"),
+        (run_clm, ["--config_name=gpt2", "--do_eval", "--kd_weight=0"], "a model made from a config is trained first"),
+        (run_image_classification, ["--smoke", "--max_eval_samples=-3"], "max_eval_samples=-3 must be at least 1"),
+        (train_sentence_embeddings, ["--smoke", "--score_column=s"], r"score_column='s' is not among the columns \["),
+        (train_sentence_embeddings, ["--smoke", "--text_columns=a, b"], r"the train data has no column 'a', only \["),
         (
             train_sentence_embeddings,
             ["--smoke", "--text_columns=sentence1"],
@@ -135,6 +147,43 @@ def test_an_evaluation_alone(tmp_path: Path) -> None:
 def test_refusals(script: ModuleType, arguments: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         script.main([*arguments, "--use_cpu", "--output_dir", str(tmp_path / "out")])
+
+
+def test_what_does_not_fit_is_refused_before_fine_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[str] = []
+    monkeypatch.setattr(runs.Trainer, "train", lambda self, *_, **__: trained.append(type(self).__name__))
+    with pytest.raises(ValueError, match="7"):
+        run_ner.main(["--smoke", *QUIET, "--block_height=7", "--output_dir", str(tmp_path / "out")])
+    assert trained == []
+
+
+def test_a_run_whose_dense_model_is_gone_says_so(tmp_path: Path) -> None:
+    (tmp_path / "out" / "checkpoint-4").mkdir(parents=True)
+    with pytest.raises(ValueError, match="out/_dense, the dense model that it began with, is gone: name that model"):
+        run_ner.main(["--smoke", *QUIET, "--output_dir", str(tmp_path / "out")])
+
+
+def test_rows_that_would_be_read_wrongly_are_refused(tmp_path: Path) -> None:
+    rows = Dataset.from_dict({"w": [["a"], ["a", "b"]], "y": [["X"], ["X"]]})
+    with pytest.raises(ValueError, match="row 1 of the dev data has 2 words and 1 tags: give one each"):
+        run_ner.check_tags("dev", rows, "w", "y", {"X": 0})
+    with pytest.raises(ValueError, match=r"the dev data holds the tag 'X', which is none of \['Y'\]"):
+        run_ner.check_tags("dev", rows, "w", "y", {"Y": 0})
+    given = tiny_tasks.images(tmp_path)
+    (tmp_path / "validation" / "left").rename(tmp_path / "validation" / "behind")
+    with pytest.raises(ValueError, match=r"the validation data has the class 'behind', which is none of \['left', 'r"):
+        run_image_classification.main([*given, *QUIET, "--output_dir", str(tmp_path / "out")])
+
+
+def test_the_word_na_is_text_and_an_empty_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text\nNA\nnull\n")
+    assert common.load_splits({"train": str(tmp_path / "a.csv")}, None, None, None)["train"]["text"][:] == [
+        "NA",
+        "null",
+    ]
+    args = SimpleNamespace(do_train=True, do_eval=False)
+    with pytest.raises(ValueError, match="the train data is empty"):
+        common.wanted_splits(args, common.FileArguments(), {"train": Dataset.from_dict({"text": []})}, ["text"])
 
 
 def test_files_of_no_known_kind_are_refused(tmp_path: Path) -> None:

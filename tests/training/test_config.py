@@ -115,6 +115,17 @@ def test_a_layer_map_may_be_a_list_in_a_file() -> None:
     assert config().teacher_layers is None
 
 
+def test_a_layer_map_may_name_sides() -> None:
+    by_side = {"encoder": [1, None], "decoder": "uniform"}
+    for given in (by_side, json.dumps(by_side)):
+        found = config(layer_map=given, hidden_weight=1.0)
+        assert found.teacher_layers == by_side
+        assert json.loads(found.to_json_string())["layer_map"] == given
+    line = ["--output_dir=out", "--use_cpu", "--hidden_weight=1", f"--layer_map={json.dumps(by_side)}"]
+    (found,) = HfArgumentParser(SparseDistillConfig).parse_args_into_dataclasses(line)
+    assert found.teacher_layers == by_side
+
+
 def test_overrides_may_be_an_object_in_a_file() -> None:
     assert config(block_overrides={".*query": [4, 1]}).shape_overrides == {".*query": (4, 1)}
     assert config(block_overrides='{".*query": [4, -1]}').shape_overrides == {".*query": (4, -1)}
@@ -145,6 +156,10 @@ def test_overrides_may_be_an_object_in_a_file() -> None:
         ("layer_map", "[true]", r"layer_map='\[true\]' must be"),
         ("layer_map", '{"0": 1}', r"layer_map=.* must be"),
         ("layer_map", "last", r"layer_map='last' must be"),
+        ("layer_map", "{}", r"layer_map='\{\}' must be"),
+        ("layer_map", '{"encoder": [1], "dekoder": [1]}', r"must be .*; sides are encoder, decoder, text, vis"),
+        ("layer_map", '{"encoder": 1, "decoder": [1]}', r"layer_map=.* must be"),
+        ("layer_map", '{"encoder": [null], "decoder": [null]}', r"layer_map=.* must be"),
         ("sparsity_scope", "model", r"sparsity_scope='model' is not known: use one of \['layer', 'global'\]"),
         ("sparsity_schedule", "cosine", r"sparsity_schedule='cosine'.*'cubic', 'linear', 'one_shot'"),
         ("importance", "random", r"importance='random' is not known: use one of .*'magnitude'"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -83,6 +84,37 @@ def crop(model: Any, multiple: int = 1, uneven: bool = False) -> Any:
     else:
         logger.info("crop: %d of %d units and %d heads removed.", before - after, before, heads)
     return model
+
+
+@dataclass(frozen=True)
+class LayerUnits:
+    """How many units a layer has, and how many of them live."""
+
+    live: int
+    total: int
+
+
+def units_of(model: Any) -> dict[str, LayerUnits]:
+    """Count the units of every layer: {layer: how many live, and all}.
+
+    Args:
+        model: of transformers, compressed or dense; a compressed one is dense afterwards.
+
+    Raises:
+        CropError: if its layers are not known.
+    """
+    layers = croppable_layers(model)
+    if compressed_layers(model):
+        decompress(model)
+    return {layer.name: LayerUnits(int((~dead_units(layer).mask).sum()), _units(layer)) for layer in layers}
+
+
+def sizes_told(model: Any) -> dict[str, int | None]:
+    """Give the sizes in a model's config that cropping may change: {field: value}."""
+    layers = croppable_layers(model)
+    fields = {layer.feed_forward.size for layer in layers}
+    fields |= {field for layer in layers if layer.heads is not None for field in layer.heads.fields}
+    return {field: _told(model.config, field) for field in sorted(fields)}
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> None:

@@ -16,6 +16,7 @@ from hf_sparse.training.distillation.graft import GraftSite, graft_at, graft_sit
 from hf_sparse.training.distillation.projections import HiddenProjections, needed_projections
 from hf_sparse.training.distillation.teacher import (
     asked_of_teacher,
+    check_depths,
     check_teacher,
     copy_as_teacher,
     fingerprint,
@@ -70,8 +71,10 @@ class Distiller:
                     "hidden_weight with a teacher of another width trains projections beside the model, which FSDP2 "
                     "does not shard. Launch with DDP, use a teacher of the student's width, or set hidden_weight=0."
                 )
-        elif config.graft_start < 1.0:
-            graft_sites(student, student)
+        elif config.needs_teacher:
+            check_depths(student, student, config)
+            if config.graft_start < 1.0:
+                graft_sites(student, student)
         if given is not None and not config.needs_teacher:
             logger.warning(
                 "teacher_model is not used: kd_weight, hidden_weight and attention_weight are 0 and graft_start is 1."

@@ -18,7 +18,7 @@ from transformers.utils import cached_file
 
 from hf_sparse.training.config import SparseDistillConfig
 from hf_sparse.training.distillation.graft import graft_sites
-from hf_sparse.training.distillation.layerwise import depths, resolve_layer_map
+from hf_sparse.training.distillation.layerwise import check_sides, depths, resolve_layer_map
 
 logger = logging.getLogger(__name__)
 
@@ -106,9 +106,7 @@ def check_teacher(student: nn.Module, teacher: nn.Module, config: SparseDistillC
                 f"teacher_model orders the labels as {labels[1]}, the model as {labels[0]}: reload one of them with "
                 f"the other's label2id and id2label."
             )
-    for field in ("hidden_weight", "attention_weight"):
-        if getattr(config, field):
-            _check_depth(student, teacher, field, config)
+    check_depths(student, teacher, config)
     if config.attention_weight:
         asked = f"attention_weight={config.attention_weight}"
         _same(mine, theirs, "num_attention_heads", asked, "as many attention heads", "set attention_weight=0")
@@ -116,26 +114,36 @@ def check_teacher(student: nn.Module, teacher: nn.Module, config: SparseDistillC
         graft_sites(student, teacher)
 
 
-def _check_depth(student: nn.Module, teacher: nn.Module, field: str, config: SparseDistillConfig) -> None:
+def check_depths(student: nn.Module, teacher: nn.Module, config: SparseDistillConfig) -> None:
+    """Refuse a teacher whose layers cannot be compared with the student's, as `layer_map` pairs them.
+
+    Raises:
+        ValueError: naming the setting, the layers of both, and the way out.
+    """
     own, others, layers = depths(student), depths(teacher), config.teacher_layers
-    asked = f"{field}={getattr(config, field)} compares layer by layer, but the model has"
-    if len(own) != len(others):
-        raise ValueError(
-            f"{asked} {len(own)} stack(s) of layers and the teacher {len(others)}: use a teacher of the same kind, or "
-            f"set {field}=0."
-        )
-    if layers is None and own != others:
-        raise ValueError(
-            f"{asked} {_counts(own)} layers and the teacher {_counts(others)}: say with layer_map which of them each "
-            f'layer learns from ("uniform" spreads them evenly), use a teacher of the same depth, or set {field}=0.'
-        )
-    if layers is not None:
-        for mine, theirs in zip(own, others, strict=True):
-            resolve_layer_map(layers, mine, theirs)
+    for field in ("hidden_weight", "attention_weight"):
+        if not getattr(config, field):
+            continue
+        asked = f"{field}={getattr(config, field)} compares layer by layer, but the model has"
+        if len(own) != len(others):
+            raise ValueError(
+                f"{asked} {len(own)} stack(s) of layers and the teacher {len(others)}: use a teacher of the same "
+                f"kind, or set {field}=0."
+            )
+        if layers is None and list(own.values()) != list(others.values()):
+            raise ValueError(
+                f"{asked} {_counts(own)} layers and the teacher {_counts(others)}: say with layer_map which of them "
+                f'each layer learns from ("uniform" spreads them evenly), use a teacher of the same depth, or set '
+                f"{field}=0."
+            )
+        if layers is not None:
+            check_sides(layers, own)
+            for (side, mine), theirs in zip(own.items(), others.values(), strict=True):
+                resolve_layer_map(layers, mine, theirs, side)
 
 
-def _counts(numbers: list[int]) -> str:
-    return " + ".join(map(str, numbers))
+def _counts(sides: Mapping[str, int]) -> str:
+    return " + ".join(map(str, sides.values()))
 
 
 def asked_of_teacher(teacher: nn.Module, asked: Mapping[str, Any]) -> Mapping[str, Any]:

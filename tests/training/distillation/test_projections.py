@@ -10,14 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
 
 from hf_sparse import FormatError
 from hf_sparse.training.distillation.distill import hidden_loss
-from hf_sparse.training.distillation.layerwise import compared_layers, depths, resolve_layer_map
+from hf_sparse.training.distillation.layerwise import check_sides, compared_layers, depths, resolve_layer_map
 from hf_sparse.training.distillation.projections import FILE, HiddenProjections, needed_projections
 from tests.training.families import family_model
-from tests.training.tiny import assert_same, bert, llama, make_trainer, pad, rows, t5, weights_of
+from tests.training.tiny import assert_same, bert, llama, make_trainer, pad, rows, stirred, t5, weights_of
 
 WIDE = {"hidden_size": 24, "num_hidden_layers": 4}
 RUN = {"sparsity": 0.5, "kd_weight": 0.5, "hidden_weight": 0.7, "layer_map": "uniform", "max_steps": 4,
@@ -146,8 +146,85 @@ def test_uniform_ends_at_the_last_layer(own: int, other: int, expected: list[int
 
 
 def test_shared_layers_count_each_time_they_run() -> None:
-    assert depths(family_model("albert")) == [2]
-    assert depths(t5(num_layers=2, num_decoder_layers=3)) == [2, 3]
+    assert depths(family_model("albert")) == {"": 2}
+
+
+@pytest.mark.parametrize(("model", "sides"), [
+    (lambda: bert(), {"": 2}),
+    (lambda: t5(num_layers=2, num_decoder_layers=3), {"encoder": 2, "decoder": 3}),
+    (lambda: family_model("bart"), {"encoder": 2, "decoder": 2}),
+    (lambda: family_model("whisper"), {"encoder": 2, "decoder": 2}),
+    (lambda: family_model("clip"), {"text": 2, "vision": 2}),
+    (lambda: family_model("wav2vec2"), {"": 2}),
+])  # fmt: skip
+def test_the_sides_of_a_model_are_named(model: Any, sides: dict[str, int]) -> None:
+    assert depths(model()) == sides
+
+
+def bart(seed: int = 0, **changes: Any) -> Any:
+    torch.manual_seed(seed)
+    settings = {"vocab_size": 40, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 32,
+                "decoder_ffn_dim": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "dropout": 0.0,
+                "max_position_embeddings": 32, "pad_token_id": 0, "decoder_start_token_id": 1, **changes}  # fmt: skip
+    return stirred(BartForConditionalGeneration(BartConfig(**settings)))
+
+
+def states(model: Any, inputs: Any, kind: str) -> dict[str, Any]:
+    found = model(**inputs, output_hidden_states=True, output_attentions=True)
+    return {side: found[f"{side}_{kind}"] for side in ("encoder", "decoder")}
+
+
+@pytest.mark.parametrize("kind", ["hidden_states", "attentions"])
+@pytest.mark.parametrize(("make", "deep"), [
+    (t5, {"num_layers": 4, "num_decoder_layers": 3}), (bart, {"encoder_layers": 4, "decoder_layers": 3}),
+])  # fmt: skip
+@pytest.mark.parametrize(("layers", "pairs"), [
+    ('{"encoder": [3, 1], "decoder": "uniform"}', {"encoder": [(0, 3), (1, 1)], "decoder": [(0, 0), (1, 2)]}),
+    ('{"encoder": [null, null], "decoder": [null, 2]}', {"encoder": [], "decoder": [(1, 2)]}),
+])  # fmt: skip
+def test_each_side_has_a_map_of_its_own(
+    make: Any, deep: dict[str, int], layers: str, pairs: dict[str, Any], kind: str, tmp_path: Path
+) -> None:
+    student, teacher, data = make(0), make(5, **deep), rows("seq2seq", 8)
+    weights = {"hidden_weight": 0.7} if kind == "hidden_states" else {"attention_weight": 0.7}
+    given = {**RUN, "hidden_weight": 0.0, **weights, "layer_map": layers, "max_steps": 1, "save_strategy": "no"}
+    trainer = make_trainer(student, tmp_path, data, teacher, **{**given, "sparsity": 0.0})
+    for model in (trainer.student, trainer.distiller.teacher):
+        model.set_attn_implementation("eager")
+    batch, expected = pad(data), 0.0
+    with torch.no_grad():
+        mine, theirs = (states(model.eval(), batch, kind) for model in (trainer.student, trainer.distiller.teacher))
+    real = {"encoder": batch["attention_mask"].bool(), "decoder": batch["labels"] != -100}
+    first = int(kind == "hidden_states")
+    for side, mask in real.items():
+        for own, other in [*([(0, 0)] if first else []), *((a + first, b + first) for a, b in pairs[side])]:
+            error = (mine[side][own] - theirs[side][other]).square()
+            error = error.mean(-1) if first else error.mean(1)
+            counts = mask if first else mask[:, :, None] & mask[:, None, :]
+            expected += sum(e[c].mean().item() for e, c in zip(error, counts, strict=True)) / len(data)
+    trainer.train()
+    told = trainer.state.log_history[0]["loss_hidden" if first else "loss_attention"]
+    assert told == pytest.approx(expected, rel=1e-4)
+
+
+def test_sides_that_the_model_does_not_have_are_refused(tmp_path: Path) -> None:
+    deep, by_side = bert(5, num_hidden_layers=4), '{"encoder": [1, 3], "decoder": [1, 3]}'
+    message = "layer_map names encoder, decoder, but the model has one stack of layers: give a list for each side that"
+    for teacher in (deep, None):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(bert(0), tmp_path, rows("classes", 8), teacher, **{**RUN, "layer_map": by_side})
+    wanted = r"names encoder, but the model has the sides encoder, decoder"
+    with pytest.raises(ValueError, match=wanted):
+        make_trainer(t5(0), tmp_path, rows("seq2seq", 8), t5(5), **{**RUN, "layer_map": '{"encoder": [0, 1]}'})
+    given = {**RUN, "layer_map": '{"encoder": [0, 1], "decoder": [0, 1, 2]}'}
+    with pytest.raises(ValueError, match=r"layer_map has 3 entries, the decoder 2 layers: .* or a list for each side"):
+        make_trainer(t5(0), tmp_path, rows("seq2seq", 8), t5(5), **given)
+    given["layer_map"] = '{"encoder": [0, 3], "decoder": [0, 1]}'
+    with pytest.raises(ValueError, match=r"names teacher layer 3, the encoder of the teacher has layers 0 to 1"):
+        make_trainer(t5(0), tmp_path, rows("seq2seq", 8), t5(5), **given)
+    check_sides({"text": [0], "vision": "uniform"}, {"text": 1, "vision": 4})
+    with pytest.raises(ValueError, match="names encoder, and not the one stack of layers there is"):
+        resolve_layer_map({"encoder": [0]}, 1, 1)
 
 
 def tokenizer_of(words: str) -> PreTrainedTokenizerFast:
