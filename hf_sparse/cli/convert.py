@@ -84,11 +84,11 @@ def decompress(
 def _compress_in_memory(src: Path, staging: Path, shape: BlockShape) -> bool:
     """Let transformers read what only it can bring into the names of today; whether there was a zero block."""
     from hf_sparse.inference.compress import compress as compress_model
-    from hf_sparse.inference.compress import compressed_layers
+    from hf_sparse.inference.compress import compressed_tensors
 
     model = compress_model(load_model(src), block_shape=shape)
     model.save_pretrained(staging)
-    return bool(compressed_layers(model))
+    return bool(compressed_tensors(model)[0])
 
 
 def _block_shape(src: Path, height: int | None, width: int | None) -> BlockShape:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from hf_sparse.core.blocks import BlockShape
+from hf_sparse.core.experts import ExpertsWeight, Prunable
 from hf_sparse.core.targets import weight_view
 
 
@@ -40,11 +41,12 @@ class FeedForward:
         return {**dict.fromkeys(self.into, (1, -1)), self.out: (-1, 1)}
 
 
-def find_feed_forwards(model: nn.Module, targets: Mapping[str, nn.Module]) -> list[FeedForward]:
+def find_feed_forwards(model: nn.Module, targets: Mapping[str, Prunable]) -> list[FeedForward]:
     """Find the feed-forward parts among the layers that are pruned.
 
     Attention is told by the names of its classes ("BertSelfAttention", "LlamaAttention"); of the other linears in a
     layer, those that fit each other as [F, D] and [D, F] inside the smallest module that holds both make one part.
+    Fused experts are in none: they are pruned in the blocks of the other layers.
 
     Args:
         model: what the targets belong to.
@@ -62,7 +64,11 @@ def find_feed_forwards(model: nn.Module, targets: Mapping[str, nn.Module]) -> li
         >>> find_feed_forwards(layers, {"0.0": layers[0][0], "0.2": layers[0][2]})
         [FeedForward(into=('0.0',), out='0.2', units=8)]
     """
-    candidates = {name: module for name, module in targets.items() if not _is_attention(model, name)}
+    candidates = {
+        name: module
+        for name, module in targets.items()
+        if not (isinstance(module, ExpertsWeight) or _is_attention(model, name))
+    }
     found: list[FeedForward] = []
     for name, module in candidates.items():
         features, units = weight_view(module).shape
@@ -95,7 +101,7 @@ def unit_overrides(parts: Sequence[FeedForward]) -> dict[str, BlockShape]:
     return {re.escape(name): shape for part in parts for name, shape in part.block_shapes.items()}
 
 
-def _leading_into(linears: Mapping[str, nn.Module], scope: str, features: int, units: int) -> tuple[str, ...]:
+def _leading_into(linears: Mapping[str, Prunable], scope: str, features: int, units: int) -> tuple[str, ...]:
     prefix = f"{scope}." if scope else ""
     shapes = {n: tuple(weight_view(m).shape) for n, m in linears.items() if n.startswith(prefix)}
     return tuple(n for n, shape in shapes.items() if shape in ((units, features), (2 * units, features)))

@@ -1,7 +1,7 @@
-"""Weights of several linears in one tensor, such as the experts of a mixture: not pruned, and said so.
+"""Weights of several linears in one tensor that cannot be pruned, and are said not to be.
 
-transformers keeps all experts of a layer as one parameter [experts, out, in] that no `nn.Linear` holds. Format 1
-stores weights [out, in], so these stay dense; what they weigh is told wherever a size is promised or reported.
+Of such parameters of three dimensions, the experts that `core.experts` knows the layout of are pruned. The others
+([experts, in, out], heads of attention) stay dense; what they weigh is told wherever a size is promised or reported.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from hf_sparse.core.experts import experts_parts
+from hf_sparse.core.formats import MASK_SUFFIX
 from hf_sparse.core.targets import find_stacks
 
 
@@ -38,19 +40,25 @@ class FusedWeights:
         )
 
 
-def fused_weights(model: nn.Module) -> list[FusedWeights]:
-    """Find the fused weights inside the layers of a model: parameters of three dimensions that no torch layer holds.
+def fused_weights(model: nn.Module, stacks: Iterable[str] | None = None) -> list[FusedWeights]:
+    """Find the fused weights inside the layers of a model that are not pruned.
+
+    These are parameters of three dimensions that no torch layer holds, without experts that are or could be pruned.
+
+    Args:
+        model: any module tree.
+        stacks: names of its lists of layers; None looks for them.
 
     Returns:
         One entry per kind, in the model's own order.
     """
-    stacks = tuple(f"{name}." for name in find_stacks(model))
+    inside = tuple(f"{name}." for name in (find_stacks(model) if stacks is None else stacks))
     found = [
         (f"{name}.{key}", tuple(parameter.shape), parameter.numel() * parameter.element_size())
         for name, module in model.named_modules()
-        if name.startswith(stacks) and not type(module).__module__.startswith("torch.")
+        if name.startswith(inside) and not type(module).__module__.startswith("torch.")
         for key, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 3
+        if parameter.ndim == 3 and key not in experts_parts(module) and not hasattr(module, key + MASK_SUFFIX)
     ]
     return grouped(found)
 

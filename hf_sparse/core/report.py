@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from hf_sparse.core.blocks import BlockShape
+from hf_sparse.core.experts import Prunable, experts_of
 from hf_sparse.core.fused import FusedWeights, fused_weights, grouped, is_fused
 from hf_sparse.core.packing import (
     MASK_SUFFIX,
@@ -32,8 +33,8 @@ class LayerReport:
     """One layer of a `SparsityReport`.
 
     Attributes:
-        name: module name.
-        shape: (O, I), output rows first.
+        name: module name; of fused experts the name of their parameter.
+        shape: (O, I), output rows first; of fused experts the rows of all of them, (E * O, I).
         block_shape: (h, w) in weights; (1, 1) for a dense layer, whose zeros are then counted one by one.
         kept_blocks: blocks that are stored, or that are not zero.
         total_blocks: blocks of the grid.
@@ -60,10 +61,12 @@ class SparsityReport:
     """What `report` returns.
 
     Attributes:
-        layers: one `LayerReport` per linear inside the transformer layers (and per compressed layer elsewhere).
+        layers: one `LayerReport` per linear, and per fused weight of experts, inside the transformer layers (and per
+            compressed layer elsewhere).
         bytes: bytes of all tensors of the model as stored.
         dense_bytes: bytes of all tensors if every layer were dense.
-        not_pruned: weights inside the layers that cannot be pruned, such as fused experts; they count in both sizes.
+        not_pruned: fused weights inside the layers that cannot be pruned, such as experts laid out [E, I, O]; they
+            count in both sizes.
     """
 
     layers: list[LayerReport]
@@ -143,19 +146,25 @@ def report(model_or_path: nn.Module | str | os.PathLike[str]) -> SparsityReport:
 
 
 def _report_model(model: nn.Module) -> SparsityReport:
-    stacks = tuple(name + "." for name in find_stacks_or_compressed(model))
+    names = find_stacks_or_compressed(model)
+    stacks = tuple(name + "." for name in names)
     layers = []
     for name, module in model.named_modules():
+        if hasattr(module, "layer_formats"):
+            for part, layer in module.layer_formats().items():
+                size = getattr(module, part).element_size()
+                layers.append(_compressed_layer(f"{name}.{part}", layer, size))
         if hasattr(module, "weight" + MASK_SUFFIX):
             layers.append(_compressed_layer(name, module.layer_format(), module.weight.element_size()))
-        elif is_linear(module) and name.startswith(stacks):
-            layers.append(_dense_layer(name, module))
+        elif name.startswith(stacks):
+            layers += [_dense_layer(name, module)] if is_linear(module) else []
+            layers += [_dense_layer(full, weight) for full, weight in experts_of(name, module)]
     stored = stored_bytes(model)
     return SparsityReport(
         layers=layers,
         bytes=stored,
         dense_bytes=stored + sum(x.dense_bytes - x.bytes for x in layers),
-        not_pruned=tuple(fused_weights(model)),
+        not_pruned=tuple(fused_weights(model, names)),
     )
 
 
@@ -171,12 +180,16 @@ def find_stacks_or_compressed(model: nn.Module) -> list[str]:
     """Name the stacks of a model, whether its linears are dense or compressed already."""
     names = list(find_stacks(model))
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and any(hasattr(m, "weight" + MASK_SUFFIX) for m in module.modules()):
+        if isinstance(module, nn.ModuleList) and any(_is_compressed(m) for m in module.modules()):
             names.append(name)
     return names
 
 
-def _dense_layer(name: str, module: nn.Module) -> LayerReport:
+def _is_compressed(module: nn.Module) -> bool:
+    return hasattr(module, "weight" + MASK_SUFFIX) or hasattr(module, "layer_formats")
+
+
+def _dense_layer(name: str, module: Prunable) -> LayerReport:
     weight = weight_view(module).detach()
     size = weight.numel() * weight.element_size()
     shape = (weight.shape[0], weight.shape[1])
@@ -253,7 +266,9 @@ def _stored_tensor(
     view = handle.get_slice(key)
     shape, item_bytes = tuple(view.get_shape()), _ITEM_BYTES.get(view.get_dtype(), 1)
     size, name = math.prod(shape) * item_bytes, key.removesuffix(".weight")
-    if key.endswith(".weight") and name in formats:
+    # The tensor of a linear ends in ".weight", that of experts has the name of the layer itself.
+    name = key if key in formats and formats[key].experts else name
+    if name in formats and key == formats[name].weight_key(name):
         layer = formats[name]
         if shape != layer.values_shape:
             raise FormatError(f"{file}: {key} has shape {list(shape)}, config.json says {list(layer.values_shape)}.")
@@ -266,11 +281,16 @@ def _stored_tensor(
         if population != layer.kept:
             raise FormatError(f"{file}: {key + MASK_SUFFIX} keeps {population} blocks, config.json says {layer.kept}.")
         return _compressed_layer(name, layer, item_bytes), size
-    # A folder has no module tree: the 2-D weights inside numbered layers are its linears.
-    if not formats and len(shape) == 2 and key.endswith(".weight") and any(part.isdigit() for part in key.split(".")):
+    # A folder has no module tree: the 2-D weights inside numbered layers are its linears, and 3-D ones that hold zeros
+    # are experts that were pruned.
+    linear = len(shape) == 2 and key.endswith(".weight") and any(part.isdigit() for part in key.split("."))
+    if not formats and (linear or is_fused(key, shape)):
         # Opened anew for each: what is read through one handle stays in memory until that is closed.
         with opened(file) as alone:
             kept, total = int(torch.count_nonzero(alone.get_tensor(key))), math.prod(shape)
+        if not linear and kept == total:
+            return None, size
+        shape = (math.prod(shape[:-1]), shape[-1])
         layer_report = LayerReport(name=name, shape=shape, block_shape=(1, 1), kept_blocks=kept, total_blocks=total,
                                    bytes=size, dense_bytes=size)  # fmt: skip
         return layer_report, size

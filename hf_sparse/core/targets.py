@@ -1,8 +1,8 @@
 """Which linear layers are pruned, found from the structure of a model and never from its class name.
 
 A transformer is a stack: an `nn.ModuleList` whose entries are modules of one class with linear layers inside. The
-outermost such lists are the stacks; the linears inside them are the default targets. Embeddings, poolers and heads
-stand outside a stack and are therefore left alone.
+outermost such lists are the stacks; the linears and fused experts inside them are the default targets. Embeddings,
+poolers and heads stand outside a stack and are therefore left alone.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from hf_sparse.core.blocks import BlockShape, resolve_block_shape
+from hf_sparse.core.experts import ExpertsWeight, Prunable, experts_of
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -32,16 +33,44 @@ def is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or is_conv1d(module)
 
 
-def weight_view(module: nn.Module) -> Tensor:
-    """Give the weight of a linear as [O, I]: output rows first, for `Conv1D` as well. Shares memory."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    return weight.t() if is_conv1d(module) else weight
+def oriented(target: Prunable, tensor: Tensor) -> Tensor:
+    """View a tensor that is laid out as the weight of a target as [O, I]: output rows first. Shares memory.
+
+    Args:
+        target: a linear, or fused experts, of which all rows stand one below the other: [E * O, I].
+        tensor: its weight, gradient, or what an optimizer keeps of it.
+    """
+    if isinstance(target, ExpertsWeight):
+        return tensor.flatten(0, 1)
+    return tensor.t() if is_conv1d(target) else tensor
 
 
-def grad_view(module: nn.Module) -> Tensor | None:
-    """Give the gradient of a linear's weight as [O, I], or None if it has none. Shares memory."""
-    grad: Tensor | None = module.weight.grad  # type: ignore[assignment]
-    return grad.t() if grad is not None and is_conv1d(module) else grad
+def weight_view(target: Prunable) -> Tensor:
+    """Give the weight of a target as [O, I]: output rows first, for `Conv1D` as well. Shares memory."""
+    weight: Tensor = target.weight  # type: ignore[assignment]
+    return oriented(target, weight)
+
+
+def grad_view(target: Prunable) -> Tensor | None:
+    """Give the gradient of a target's weight as [O, I], or None if it has none. Shares memory."""
+    grad: Tensor | None = target.weight.grad  # type: ignore[assignment]
+    return None if grad is None else oriented(target, grad)
+
+
+def tiled_shape(target: Prunable) -> tuple[int, int]:
+    """Give the (O, I) that blocks have to tile: that of the weight, of fused experts that of one expert."""
+    rows, cols = weight_view(target).shape
+    return (rows // target.experts if isinstance(target, ExpertsWeight) else rows), cols
+
+
+def find_prunable(model: nn.Module) -> dict[str, Prunable]:
+    """Find all linears and all fused expert weights of a model, inside layers or not, in the model's own order."""
+    found: dict[str, Prunable] = {}
+    for name, module in model.named_modules():
+        if is_linear(module):
+            found[name] = module
+        found.update(experts_of(name, module))
+    return found
 
 
 def find_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
@@ -65,17 +94,17 @@ def find_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
 
 def find_targets(
     model: nn.Module, target_modules: str | None = None, exclude_modules: str | None = None
-) -> dict[str, nn.Module]:
-    """Choose the linear layers to prune.
+) -> dict[str, Prunable]:
+    """Choose the linear layers, and the fused experts, to prune.
 
     Args:
         model: any module tree.
-        target_modules: regular expression that has to match the whole module name (as in PEFT). None takes every
-            linear inside the stacks that `find_stacks` finds.
+        target_modules: regular expression that has to match the whole name of the module (as in PEFT), or of the
+            parameter of fused experts. None takes all of both inside the stacks that `find_stacks` finds.
         exclude_modules: regular expression, whole name; what it matches is left out.
 
     Returns:
-        {name: module}, in the model's own order, at least one entry.
+        {name: target}, in the model's own order, at least one entry; fused experts as `core.experts.ExpertsWeight`.
 
     Raises:
         ValueError: if a pattern is no regular expression, if one matches nothing, or if `target_modules` picks a
@@ -86,7 +115,7 @@ def find_targets(
         >>> list(find_targets(nn.ModuleDict({"encoder": layers, "head": nn.Linear(4, 2)})))
         ['encoder.0.0', 'encoder.1.0']
     """
-    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+    linears = find_prunable(model)
     if not linears:
         raise ValueError(
             f"{type(model).__name__} has no nn.Linear or Conv1D layer, so there is nothing to prune. "
@@ -140,13 +169,13 @@ def find_targets(
 
 
 def assign_block_shapes(
-    targets: Mapping[str, nn.Module], block_shape: BlockShape, overrides: Mapping[str, BlockShape] | None = None
+    targets: Mapping[str, Prunable], block_shape: BlockShape, overrides: Mapping[str, BlockShape] | None = None
 ) -> dict[str, BlockShape]:
     """Give every target its block shape, with -1 resolved.
 
     Args:
-        targets: {name: linear}.
-        block_shape: (h, w) of every layer that no override names; may hold -1.
+        targets: {name: linear or fused experts}.
+        block_shape: (h, w) of every layer that no override names; may hold -1, the whole dimension of one expert.
         overrides: {regular expression of whole names: (h, w)}.
 
     Returns:
@@ -174,9 +203,8 @@ def assign_block_shapes(
             raise ValueError(
                 f"block_overrides give {name} more than one shape: {matching}. Make the patterns disjoint."
             )
-        rows, cols = weight_view(module).shape
         try:
-            shapes[name] = resolve_block_shape(next(iter(matching.values()), block_shape), (rows, cols))
+            shapes[name] = resolve_block_shape(next(iter(matching.values()), block_shape), tiled_shape(module))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     return shapes
@@ -202,7 +230,7 @@ def _is_read_elsewhere(model: nn.Module, name: str) -> bool:
     return isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer)
 
 
-def _shared_linears(model: nn.Module, linears: dict[str, nn.Module]) -> set[str]:
+def _shared_linears(model: nn.Module, linears: dict[str, Prunable]) -> set[str]:
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     # Inside from_pretrained the tie is a list of names and the parameters are not yet one object.
     declared = getattr(model, "all_tied_weights_keys", None) or {}

@@ -17,7 +17,7 @@ from huggingface_hub import constants, hf_hub_url
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-from hf_sparse.core.packing import MASK_SUFFIX, QUANT_METHOD, FormatError, LayerFormat, read_layer_formats
+from hf_sparse.core.packing import QUANT_METHOD, FormatError, LayerFormat, read_layer_formats
 from hf_sparse.core.reading import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, read_config, shard_names, weight_files
 from hf_sparse.hub.fetch import LOOKED_AT, FetchError, fetch_model
 from hf_sparse.hub.push import persistently
@@ -142,7 +142,7 @@ def _ranges(header: bytes, formats: Mapping[str, LayerFormat]) -> Iterable[tuple
 
 def _places(tensors: Any, formats: Mapping[str, LayerFormat]) -> Iterable[tuple[int, int]]:
     for name, layer in formats.items():
-        if (entry := tensors.get(f"{name}.weight{MASK_SUFFIX}")) is not None:
+        if (entry := tensors.get(layer.mask_key(name))) is not None:
             first, last = entry["data_offsets"]
             # One of another size is damage, and is found to be when the header is read.
             if 0 <= first and last - first == layer.mask_bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_sparse.core.packing import MASK_SUFFIX, QUANT_METHOD, FormatError, LayerFormat, read_layer_formats, unpack_mask
+from hf_sparse.core.packing import QUANT_METHOD, FormatError, LayerFormat, read_layer_formats, unpack_mask
 from hf_sparse.core.reading import CONFIG_FILE, opened, read_config, weight_files
 
 MAX_CELLS = 64
@@ -115,6 +115,7 @@ def read_mask_maps(folder: str | os.PathLike[str], max_cells: int = MAX_CELLS) -
     compressed = isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
     try:
         formats = read_layer_formats(quantization) if compressed else {}
+        bitmaps = {layer.mask_key(name): name for name, layer in formats.items()}
     except FormatError as error:
         raise FormatError(f"{folder / CONFIG_FILE}: {error}") from error
     maps = []
@@ -125,7 +126,7 @@ def read_mask_maps(folder: str | os.PathLike[str], max_cells: int = MAX_CELLS) -
             # Opened anew for each: a file stays in memory as far as it has been read through one handle.
             with opened(file) as handle:
                 try:
-                    found = _read_mask(handle, key, formats) if compressed else _read_zeros(handle, key)
+                    found = _read_mask(handle, key, bitmaps, formats) if compressed else _read_zeros(handle, key)
                 except FormatError as error:
                     raise FormatError(f"{file}: {key}: {error}") from error
             maps += [MaskMap.of(*found, max_cells)] if found else []
@@ -161,9 +162,11 @@ def _natural(name: str) -> list[tuple[int, int | str]]:
     return [(1, int(part)) if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
-def _read_mask(handle: Any, key: str, formats: dict[str, LayerFormat]) -> tuple[str, tuple[int, int], Tensor] | None:
-    name = key.removesuffix(f".weight{MASK_SUFFIX}")
-    if not key.endswith(MASK_SUFFIX) or name not in formats:
+def _read_mask(
+    handle: Any, key: str, bitmaps: Mapping[str, str], formats: Mapping[str, LayerFormat]
+) -> tuple[str, tuple[int, int], Tensor] | None:
+    name = bitmaps.get(key)
+    if name is None:
         return None
     return name, formats[name].dense_shape, unpack_mask(handle.get_tensor(key), formats[name].grid)
 

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_sparse.core.packing import MASK_SUFFIX, LayerFormat
-from hf_sparse.inference.checkpoint import FLOATS, Headers, Matches
+from hf_sparse.core.formats import MASK_SUFFIX, LayerFormat
+from hf_sparse.inference.checkpoint import FLOATS, Headers
+from hf_sparse.inference.experts import BlockSparseExperts
 from hf_sparse.inference.linear import BlockSparseLinear
+from hf_sparse.inference.matching import Matches
 
 # The mark by which transformers knows what it need not initialise.
 _FILLED = "_is_hf_initialized"
@@ -30,12 +32,19 @@ def replace_layers(matches: Matches, formats: Mapping[str, LayerFormat]) -> None
         formats: {name in the checkpoint: geometry}.
     """
     modules = matches.modules
+    experts: dict[str, dict[str, LayerFormat]] = {}
     for name, local in matches.layers.items():
+        parent, _, child = local.rpartition(".")
+        if formats[name].experts:
+            experts.setdefault(parent, {})[child] = formats[name]
+            continue
         dense: Any = modules[local]
         layer = BlockSparseLinear(formats[name], dense.bias is not None, device="meta", dtype=dense.weight.dtype)
         layer.training = dense.training
-        parent, _, child = local.rpartition(".")
         modules[local] = modules[parent]._modules[child] = layer
+    for name, parts in experts.items():
+        parent, _, child = name.rpartition(".")
+        modules[name] = modules[parent]._modules[child] = BlockSparseExperts(modules[name], parts)
 
 
 def fill(model: Any, headers: Headers, matches: Matches, device_map: Any) -> frozenset[str]:
@@ -53,7 +62,7 @@ def fill(model: Any, headers: Headers, matches: Matches, device_map: Any) -> fro
     Returns:
         The names in the model of what is left to transformers.
     """
-    bitmaps = {f"{name}.weight{MASK_SUFFIX}": f"{local}.weight{MASK_SUFFIX}" for name, local in matches.layers.items()}
+    bitmaps = {key + MASK_SUFFIX: local + MASK_SUFFIX for key, local in matches.weights.items()}
     every = matches.expected.union(bitmaps.values())
     if device_map not in _CPU or _keeps_float32(model):
         return every

@@ -12,12 +12,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_sparse.core.files import interrupted_save
-from hf_sparse.core.packing import FORMAT_VERSION, QUANT_METHOD, FormatError, LayerFormat, read_layer_formats
-from hf_sparse.inference.checkpoint import check_bitmaps, check_places, header_strings, match_modules, read_headers
-from hf_sparse.inference.compress import compressed_layers, decompress
+from hf_sparse.core.formats import QUANT_METHOD, FormatError, LayerFormat, read_layer_formats, version_of
+from hf_sparse.inference.checkpoint import check_bitmaps, check_places, header_strings, read_headers
+from hf_sparse.inference.compress import compressed_tensors, decompress
 from hf_sparse.inference.direct import fill, replace_layers, unhide
 from hf_sparse.inference.encoder import fuse
 from hf_sparse.inference.kernels import requested_backend, require_backend
+from hf_sparse.inference.matching import match_modules
 
 # A damaged or hostile config may ask for more layers than could be built in a lifetime.
 MAX_LAYERS = 4096
@@ -27,14 +28,16 @@ class BlockSparseConfig(QuantizationConfigMixin):
     """The `quantization_config` of a compressed model.
 
     Args:
-        modules: {module name: {"block_shape": [h, w], "kept": N, "dense_shape": [O, I]}}, plain integers.
-        format_version: version of the file format, 1.
+        modules: {name: {"block_shape": [h, w], "kept": N, "dense_shape": [O, I]}}, plain integers; the shape of fused
+            experts is [E, O, I].
+        format_version: version of the file format; None takes the lowest that can say `modules`: 2 with experts, else
+            1, and that is what is written.
         dequantize: True loads plain dense linears. It is never written to a file.
         quant_method: "hf_sparse".
 
     Raises:
-        FormatError: if anything in it is not what format 1 allows. Unknown keys are refused: a key that this version
-            does not know could change what the others mean.
+        FormatError: if anything in it is not what its version allows. Unknown keys are refused: a key that this
+            version does not know could change what the others mean.
 
     Example:
         >>> config = BlockSparseConfig({"q": {"block_shape": [2, 1], "kept": 3, "dense_shape": [4, 4]}})
@@ -45,12 +48,14 @@ class BlockSparseConfig(QuantizationConfigMixin):
     def __init__(
         self,
         modules: dict[str, Any] | None = None,
-        format_version: int = FORMAT_VERSION,
+        format_version: int | None = None,
         dequantize: bool = False,
         quant_method: str = QUANT_METHOD,
         **unknown: Any,
     ) -> None:
         modules = {} if modules is None else modules
+        if format_version is None:
+            format_version = version_of(LayerFormat.from_dict(name, entry) for name, entry in modules.items())
         config = {"quant_method": quant_method, "format_version": format_version, "modules": modules}
         formats = read_layer_formats({**unknown, **config, "dequantize": dequantize})
         self.quant_method: Any = QUANT_METHOD
@@ -72,10 +77,11 @@ class BlockSparseConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """Give what config.json holds: plain integers, strings and lists."""
+        formats = self.layer_formats()
         return {
             "quant_method": self.quant_method,
-            "format_version": self.format_version,
-            "modules": {name: layer.to_dict() for name, layer in self.layer_formats().items()},
+            "format_version": version_of(formats.values()),
+            "modules": {name: layer.to_dict() for name, layer in formats.items()},
         }
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BlockSparseConfig:
@@ -115,7 +121,7 @@ class BlockSparseQuantizer(HfQuantizer):
         formats = self.quantization_config.layer_formats()
         check_places(model.config.name_or_path, checkpoint_files)
         try:
-            headers = read_headers(checkpoint_files)
+            headers = read_headers(checkpoint_files, self.quantization_config.format_version)
             check_bitmaps(headers, formats)
             matches = match_modules(model, headers, formats)
         except FormatError as error:
@@ -157,13 +163,14 @@ class BlockSparseQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
         """Bring the config up to date with the layers, and give the strings for the header of each weights file."""
-        layers = compressed_layers(model)
-        self.quantization_config.modules = {name: layer.layer_format().to_dict() for name, layer in layers.items()}
+        formats, bitmaps = compressed_tensors(model)
+        self.quantization_config.modules = {name: layer.to_dict() for name, layer in formats.items()}
+        self.quantization_config.format_version = version_of(formats.values())
         model.config.quantization_config = self.quantization_config
         # Tensors are stored under the names they have in the model, whatever a model's older checkpoints called them:
         # `modules` names the same layers, and packed weights do not fit the conversions of dense ones.
         model._weight_conversions = []
-        return None, header_strings({f"{n}.weight_block_mask": m.weight_block_mask for n, m in layers.items()})
+        return None, header_strings(bitmaps, version_of(formats.values()))
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         return decompress(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,10 +22,12 @@ from hf_sparse.core.packing import (
     read_layer_formats,
     unpack,
     unpack_mask,
+    version_of,
 )
 from hf_sparse.core.reading import read_config, weight_files
-from hf_sparse.core.targets import assign_block_shapes, find_targets, is_conv1d
+from hf_sparse.core.targets import assign_block_shapes, find_targets
 from hf_sparse.inference.checkpoint import CHECKSUM_KEY, VERSION_KEY, check_bitmaps, header_strings, read_headers
+from hf_sparse.inference.compress import format_of
 from hf_sparse.inference.loading import BlockSparseConfig
 from hf_sparse.inference.shards import (
     NewTensor,
@@ -104,25 +107,25 @@ def compress_folder(
     _compare(model, layout)
     targets = find_targets(model)
     for name, shape in assign_block_shapes(targets, block_shape).items():
-        raw, transposed = layout.tensors[name + ".weight"], is_conv1d(targets[name])
-        weight = _oriented(raw, transposed)
-        mask = to_blocks(weight != 0, shape).any(dim=3).any(dim=2)
+        whole = format_of(targets[name], shape)
+        raw = layout.tensors[whole.weight_key(name)]
+        mask = to_blocks(_oriented(raw, whole) != 0, shape).any(dim=3).any(dim=2)
         advance(raw.size)
         if not mask.all():
-            dense_shape, kept = (weight.shape[0], weight.shape[1]), int(mask.sum())
-            formats[name] = LayerFormat(block_shape=shape, kept=kept, dense_shape=dense_shape, transposed=transposed)
-            bitmaps[f"{name}.weight{MASK_SUFFIX}"] = pack_mask(mask)
+            formats[name] = replace(whole, kept=int(mask.sum()))
+            bitmaps[whole.mask_key(name)] = pack_mask(mask)
     if not formats:
         return {}
+    stored = {form.weight_key(name): form for name, form in formats.items()}
 
     def convert(name: str, raw: RawTensor) -> dict[str, NewTensor]:
-        form = formats.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        form = stored.get(name)
         if form is None:
             return {name: _copied(raw, advance)}
         bitmap = bitmaps[name + MASK_SUFFIX]
 
         def write(file: BinaryIO) -> None:
-            values, _ = pack(_oriented(raw, form.transposed), unpack_mask(bitmap, form.grid), form.block_shape)
+            values, _ = pack(_oriented(raw, form), unpack_mask(bitmap, form.grid), form.block_shape)
             write_bytes(values, file)
             advance(raw.size)
 
@@ -132,7 +135,7 @@ def compress_folder(
             name + MASK_SUFFIX: NewTensor("U8", (len(bitmap),), len(bitmap), lambda file: write_bytes(bitmap, file)),
         }
 
-    strings = header_strings(bitmaps)
+    strings = header_strings(bitmaps, version_of(formats.values()))
     layout.write_converted(target, convert, lambda old: {**old, **strings})
     quantization = BlockSparseConfig({name: form.to_dict() for name, form in formats.items()}).to_dict()
     _write_json(target / "config.json", {**layout.config, "quantization_config": quantization})
@@ -151,13 +154,15 @@ def decompress_folder(source: Path, target: Path, advance: Advance = lambda size
         FileNotFoundError, FormatError: if the folder is not whole.
     """
     layout = _Layout(source)
-    formats = read_layer_formats(layout.config.get("quantization_config"))
-    check_bitmaps(read_headers([str(file) for file in layout.files]), formats)
+    quantization: Any = layout.config.get("quantization_config")
+    formats = read_layer_formats(quantization)
+    check_bitmaps(read_headers([str(file) for file in layout.files], quantization["format_version"]), formats)
+    stored = {form.weight_key(name): form for name, form in formats.items()}
 
     def convert(name: str, raw: RawTensor) -> dict[str, NewTensor]:
-        if name.endswith(".weight" + MASK_SUFFIX):
+        if name.endswith(MASK_SUFFIX) and name.removesuffix(MASK_SUFFIX) in stored:
             return {}
-        form = formats.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        form = stored.get(name)
         if form is None:
             return {name: _copied(raw, advance)}
 
@@ -166,7 +171,7 @@ def decompress_folder(source: Path, target: Path, advance: Advance = lambda size
             write_bytes(weight.t() if form.transposed else weight, file)
             advance(raw.size)
 
-        shape = form.dense_shape[::-1] if form.transposed else form.dense_shape
+        shape = form.stored_shape
         return {name: NewTensor(raw.dtype, shape, math.prod(shape) * raw.item_bytes, write)}
 
     own = (VERSION_KEY, CHECKSUM_KEY)
@@ -218,9 +223,10 @@ def _compare(model: Any, layout: _Layout) -> None:
         raise NotStreamable(f"{other[0]} is stored as {list(found[other[0]])}, not as {list(expected[other[0]])}")
 
 
-def _oriented(raw: RawTensor, transposed: bool) -> Tensor:
-    """Read a weight, output rows first."""
-    return raw.read().t() if transposed else raw.read()
+def _oriented(raw: RawTensor, form: LayerFormat) -> Tensor:
+    """Read a dense weight as [O, I], output rows first."""
+    weight = raw.read()
+    return weight.t() if form.transposed else weight.view(form.dense_shape)
 
 
 def _copied(raw: RawTensor, advance: Advance) -> NewTensor:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hf_sparse.inference.compress import compressed_layers
+from hf_sparse.inference.compress import compressed_tensors
 from hf_sparse.inference.exits.structure import croppable_layers
 from hf_sparse.training.config import SparseDistillConfig
 
@@ -66,7 +66,7 @@ def refuse_unsupported_model(model: nn.Module, config: SparseDistillConfig) -> N
             f"{type(model).__name__} holds PEFT adapters, whose base weights do not train. "
             f"Merge them first: model = model.merge_and_unload()."
         )
-    if (config.sparsity or config.penalty_weight) and compressed_layers(model):
+    if (config.sparsity or config.penalty_weight) and compressed_tensors(model)[0]:
         raise ValueError(
             f"{type(model).__name__} is compressed already. Make it dense first: hf_sparse.decompress(model), or "
             f"load it with hf_sparse.load_dense."

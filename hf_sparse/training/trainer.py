@@ -15,7 +15,7 @@ from hf_sparse.hub.card import CARD_FILE, is_rendered, write_card
 from hf_sparse.training.checkpoints.checkpoint import check_writable, load_squares, load_state, save_state
 from hf_sparse.training.checkpoints.facts import run_facts
 from hf_sparse.training.checkpoints.resuming import ResumingTrainer
-from hf_sparse.training.checkpoints.saving import save_final
+from hf_sparse.training.checkpoints.saving import save_final, under_own_names
 from hf_sparse.training.config import SparseDistillConfig
 from hf_sparse.training.distillation.distiller import Distiller
 from hf_sparse.training.distillation.teacher import check_tokenizer
@@ -264,7 +264,8 @@ class SparseDistillTrainer(ResumingTrainer):
         folder = Path(output_dir or self.args.output_dir or ".")
         is_checkpoint = _internal_call and folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
         if is_checkpoint:
-            super().save_model(output_dir, _internal_call)
+            with under_own_names(self.student):
+                super().save_model(output_dir, _internal_call)
             if self.args.should_save:
                 save_state(folder, self.pruner.masks, self.pruner.coefs, self._agreed_facts(), self.pruner.squares.own)
                 self.distiller.save(folder)

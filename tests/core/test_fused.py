@@ -1,4 +1,4 @@
-"""Fused expert weights stay dense, and everything that tells a size says so."""
+"""Fused weights that stay dense, and everything that tells a size says so."""
 
 from __future__ import annotations
 
@@ -12,20 +12,25 @@ import transformers as tf
 from hf_sparse import report
 from hf_sparse.core.estimate import estimate
 from hf_sparse.core.fused import FusedWeights, fused_weights, is_fused
+from tests.mixtures import gpt_oss
 from tests.training.families import FAMILIES, family_model
 from tests.training.tiny import make_trainer, rows
 
 EXPERTS = [
     FusedWeights(
-        name="model.layers.*.mlp.experts.gate_up_proj", shape=(4, 64, 16), count=2, bytes=2 * 4 * 64 * 16 * 4
+        name="model.layers.*.mlp.experts.gate_up_proj", shape=(4, 16, 64), count=2, bytes=2 * 4 * 64 * 16 * 4
     ),
-    FusedWeights(name="model.layers.*.mlp.experts.down_proj", shape=(4, 16, 32), count=2, bytes=2 * 4 * 16 * 32 * 4),
+    FusedWeights(name="model.layers.*.mlp.experts.down_proj", shape=(4, 32, 16), count=2, bytes=2 * 4 * 16 * 32 * 4),
 ]
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
-def test_no_other_family_has_any(name: str) -> None:
-    assert fused_weights(family_model(name)) == (EXPERTS if name == "mixtral" else [])
+def test_no_family_that_is_pruned_whole_has_any(name: str) -> None:
+    assert fused_weights(family_model(name)) == []
+
+
+def test_experts_laid_out_with_their_inputs_first_are_found() -> None:
+    assert fused_weights(gpt_oss()) == EXPERTS
 
 
 def test_heads_that_are_no_linears_are_found_too() -> None:
@@ -36,7 +41,7 @@ def test_heads_that_are_no_linears_are_found_too() -> None:
 
 
 def test_report_plan_and_log_tell_what_they_weigh(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model = family_model("mixtral")
+    model = gpt_oss()
     with caplog.at_level(logging.WARNING, logger="hf_sparse"):
         trainer = make_trainer(model, tmp_path / "run", rows("lm", 8), sparsity=0.5, max_steps=2)
     assert [r.getMessage() for r in caplog.records if "not pruned" in r.getMessage()] == list(map(str, EXPERTS))

@@ -127,7 +127,12 @@ def test_layer_format_counts() -> None:
     assert layer.values_shape == (7, 3, 5)
 
 
-@pytest.mark.parametrize("entry", [ENTRY, {**ENTRY, "transposed": 1}, {**ENTRY, "kept": 0}, {**ENTRY, "kept": 8}])
+EXPERTS = {"block_shape": [2, 1], "kept": 3, "dense_shape": [3, 4, 4]}
+
+
+@pytest.mark.parametrize(
+    "entry", [EXPERTS, ENTRY, {**ENTRY, "transposed": 1}, {**ENTRY, "kept": 0}, {**ENTRY, "kept": 8}]
+)
 def test_layer_format_round_trip(entry: dict[str, Any]) -> None:
     assert LayerFormat.from_dict("q", entry).to_dict() == entry
 
@@ -153,6 +158,10 @@ def test_layer_format_writes_transposed_only_where_true() -> None:
         ({**ENTRY, "block_shape": [2, 1, 1]}, "must be two integers"),
         ({**ENTRY, "block_shape": 2}, "must be two integers, found 2"),
         ({**ENTRY, "block_shape": [2, 1.0]}, "must be a plain integer"),
+        ({**ENTRY, "dense_shape": [4]}, r"'dense_shape' must be two or three integers, found \[4\]"),
+        ({**ENTRY, "dense_shape": [1, 2, 3, 4]}, "must be two or three integers"),
+        ({**ENTRY, "dense_shape": [8, 1, 4]}, r"do not tile a weight of \[1, 4\], one of each expert"),
+        ({**ENTRY, "dense_shape": [2, 4, 4], "transposed": 1}, "'transposed' does not go with the experts of"),
         ({**ENTRY, "block_shape": [0, 1]}, "must be positive"),
         ({**ENTRY, "block_shape": [-1, 1]}, "must be positive"),
         ({**ENTRY, "block_shape": [3, 1]}, r"blocks of \[3, 1\] do not tile a weight of \[4, 4\]"),
@@ -174,6 +183,10 @@ CONFIG = {"quant_method": "hf_sparse", "format_version": 1, "modules": {"q": ENT
 def test_configs_are_read() -> None:
     assert read_layer_formats(CONFIG) == {"q": LayerFormat(block_shape=(2, 1), kept=3, dense_shape=(4, 4))}
     assert read_layer_formats({**CONFIG, "modules": {}, "dequantize": True}) == {}
+    fused = LayerFormat(block_shape=(2, 1), kept=3, dense_shape=(12, 4), experts=3)
+    assert read_layer_formats({**CONFIG, "format_version": 2, "modules": {"q": ENTRY, "e": EXPERTS}})["e"] == fused
+    assert (fused.num_blocks, fused.stored_shape) == (24, (3, 4, 4))
+    assert (fused.weight_key("e"), fused.mask_key("e")) == ("e", "e_block_mask")
 
 
 @pytest.mark.parametrize(
@@ -183,11 +196,12 @@ def test_configs_are_read() -> None:
         ({**CONFIG, "quant_method": "awq"}, "must hold quant_method 'hf_sparse', found {'quant_method': 'awq'"),
         ({k: v for k, v in CONFIG.items() if k != "format_version"}, "must be an integer from 1, found None"),
         (
-            {**CONFIG, "format_version": 2, "modules": 5, "new": 1},
-            "format_version 2 is newer .*up to 1: pip install -U",
+            {**CONFIG, "format_version": 3, "modules": 5, "new": 1},
+            "format_version 3 is newer .*up to 2: pip install -U",
         ),
         ({**CONFIG, "format_version": True}, "must be an integer from 1, found True"),
         ({**CONFIG, "format_version": 0}, "must be an integer from 1, found 0"),
+        ({**CONFIG, "modules": {"e": EXPERTS}}, r"modules\['e'\]: 'dense_shape' must be two integers"),
         ({**CONFIG, "bits": 4}, "format 1 has no key 'bits'"),
         ({**CONFIG, "dequantize": 1}, "dequantize must be true or false, found 1"),
         ({k: v for k, v in CONFIG.items() if k != "modules"}, "modules must map layer names to shapes, found None"),

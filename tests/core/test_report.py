@@ -152,6 +152,6 @@ def test_damaged_folders(tmp_path: Path) -> None:
 
 def test_a_newer_version(tmp_path: Path) -> None:
     damage.save(tmp_path)
-    damage.edit_config(tmp_path, lambda config: config["quantization_config"].update(format_version=2))
+    damage.edit_config(tmp_path, lambda config: config["quantization_config"].update(format_version=3))
     with pytest.raises(FormatError, match="format_version"):
         report(tmp_path)

@@ -12,6 +12,7 @@ from torch import nn
 
 from hf_sparse.core.targets import find_targets
 from hf_sparse.training.distillation.graft import graft_sites
+from tests.mixtures import gpt_oss
 from tests.training.tiny import SMALL, VOCAB, llama, make_trainer, rows
 
 NO_STACK = "Strange has no nn.ModuleList of repeated layers"
@@ -74,11 +75,9 @@ def test_experts_that_are_linears_are_pruned_like_any_other() -> None:
     assert list(found) == [f"part.{i}.experts.{e}.{w}" for i in range(2) for e in range(2) for w in range(2)]
 
 
-def test_a_mixture_whose_attention_is_left_out_has_nothing_to_prune() -> None:
-    torch.manual_seed(0)
-    config = tf.MixtralConfig(vocab_size=VOCAB, **SMALL, num_key_value_heads=1, num_local_experts=2)
+def test_a_mixture_whose_attention_is_left_out_has_nothing_to_prune_where_experts_stay_dense() -> None:
     with pytest.raises(ValueError, match="exclude_modules='.*attn.*' leaves no layer to prune"):
-        find_targets(tf.MixtralForCausalLM(config), exclude_modules=".*attn.*")
+        find_targets(gpt_oss(), exclude_modules=".*attn.*")
 
 
 def test_layers_of_a_state_space_model_are_found_by_the_same_rule() -> None:

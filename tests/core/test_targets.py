@@ -31,13 +31,17 @@ def test_targets_are_exactly_the_linears_inside_the_layers(name: str) -> None:
     targets = find_targets(model)
     linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     assert set(family.outside) <= linears, "the linears outside the layers are there to be left alone"
-    assert set(targets) == linears - set(family.outside)
+    experts = {n for n, _ in model.named_parameters() if n.endswith(family.experts)} if family.experts else set()
+    assert len(experts) == family.layers * len(family.experts)
+    assert set(targets) == (linears - set(family.outside)) | experts
     if family.stacks:
         inside = [f"{s}.{i}.{n}" for s, names in family.stacks.items() for i in range(family.layers) for n in names]
-        assert sorted(targets) == sorted(inside)
+        assert sorted(set(targets) - experts) == sorted(inside)
         assert list(find_stacks(model)) == list(family.stacks)
-    assert list(targets) == [n for n, _ in model.named_modules() if n in targets], "in the model's own order"
-    assert all(targets[n] is model.get_submodule(n) for n in targets)
+    found = [n for n in targets if n not in experts]
+    assert found == [n for n, _ in model.named_modules() if n in targets], "in the model's own order"
+    assert all(targets[n] is model.get_submodule(n) for n in found)
+    assert all(targets[n].weight is model.get_parameter(n) for n in experts)
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from hf_sparse import load_dense, report
 from hf_sparse.core.packing import pack
-from hf_sparse.inference.compress import compressed_layers
+from hf_sparse.inference.compress import compressed_experts, compressed_layers
 from tests.golden.make_v1 import digest
 
-V1 = Path(__file__).parent / "v1"
+V1, V2 = Path(__file__).parent / "v1", Path(__file__).parent / "v2"
 SPEC = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
 MODELS = {"bert": tf.AutoModelForSequenceClassification, "gpt2": tf.AutoModelForCausalLM}
 
@@ -57,6 +57,62 @@ def test_logits_are_those_of_the_day_they_were_written(
         logits = model(input_ids=torch.tensor(expected(name)["input_ids"])).logits
     # In float64, so that the order of sums on another machine cannot show.
     torch.testing.assert_close(logits, torch.tensor(expected(name)["logits"], dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_files_of_version_1_are_written_as_they_were(name: str, tmp_path: Path) -> None:
+    MODELS[name].from_pretrained(V1 / name).save_pretrained(tmp_path)
+    assert split(tmp_path / "model.safetensors") == split(V1 / name / "model.safetensors")
+    old, new = (json.loads((folder / "config.json").read_text()) for folder in (V1 / name, tmp_path))
+    assert json.dumps(new["quantization_config"]) == json.dumps(old["quantization_config"])
+
+
+def split(file: Path) -> tuple[dict[str, Any], bytes]:
+    """Header and data of a safetensors file; the order of the strings in a header is nobody's promise."""
+    raw = file.read_bytes()
+    end = 8 + int.from_bytes(raw[:8], "little")
+    return json.loads(raw[8:end]), raw[end:]
+
+
+def test_experts_are_those_of_the_day_they_were_written() -> None:
+    told = json.loads((V2 / "mixtral" / "expected.json").read_text(encoding="utf-8"))
+    model = tf.AutoModelForCausalLM.from_pretrained(V2 / "mixtral")
+    digests = {name: digest(layer.dense_weight()) for name, layer in compressed_layers(model).items()}
+    for name, experts in compressed_experts(model).items():
+        digests |= {f"{name}.{part}": digest(weight) for part, weight in experts.dense_weights().items()}
+    assert digests == told["dense_sha256"]
+    dense = load_dense(tf.AutoModelForCausalLM, V2 / "mixtral")
+    for name, value in digests.items():
+        assert digest(dense.get_parameter(name if "experts" in name else name + ".weight")) == value
+    model.set_experts_implementation("eager")
+    with torch.no_grad():
+        logits = model.to(torch.float64)(input_ids=torch.tensor(told["input_ids"])).logits
+    torch.testing.assert_close(logits, torch.tensor(told["logits"], dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_the_reader_of_the_spec_reads_experts() -> None:
+    names: dict[str, Any] = {}
+    exec(spec_block("python", "def read_dense"), names)
+    found = names["read_dense"](str(V2 / "mixtral"))
+    model = tf.AutoModelForCausalLM.from_pretrained(V2 / "mixtral")
+    expected = {name: layer.dense_weight() for name, layer in compressed_layers(model).items()}
+    for name, experts in compressed_experts(model).items():
+        expected |= {f"{name}.{part}": weight.flatten(0, 1) for part, weight in experts.dense_weights().items()}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(torch.tensor(rows), expected[name]) for name, rows in found.items())
+
+
+def test_the_golden_mixture_covers_the_corners() -> None:
+    config = json.loads((V2 / "mixtral" / "config.json").read_text())["quantization_config"]
+    shapes = {name: entry["dense_shape"] for name, entry in config["modules"].items() if "experts" in name}
+    assert config["format_version"] == 2
+    assert len(shapes) == 3 and all(len(shape) == 3 for shape in shapes.values())
+    assert len({tuple(config["modules"][name]["block_shape"]) for name in shapes}) == 3
+    metadata = split(V2 / "mixtral" / "model.safetensors")[0]["__metadata__"]
+    assert metadata["hf_sparse_format_version"] == "2"
+    model = tf.AutoModelForCausalLM.from_pretrained(V2 / "mixtral")
+    down = compressed_experts(model)["model.layers.0.mlp.experts"].dense_weights()["down_proj"]
+    assert not down[0].any() and down[1].any()
 
 
 def test_golden_files_cover_the_corners() -> None:

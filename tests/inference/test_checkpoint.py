@@ -113,8 +113,8 @@ def test_kept_of_another_layer_names_expected_and_found(folder: Path) -> None:
 
 
 def test_a_newer_version(folder: Path) -> None:
-    edit_config(folder, lambda config: config["quantization_config"].update(format_version=2, layout="banded"))
-    refuses(folder, "format_version 2 is newer than this hf_sparse")
+    edit_config(folder, lambda config: config["quantization_config"].update(format_version=3, layout="banded"))
+    refuses(folder, "format_version 3 is newer than this hf_sparse")
 
 
 def test_an_unknown_key(folder: Path) -> None:

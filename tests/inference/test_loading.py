@@ -451,8 +451,8 @@ def test_config_is_plain_data() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "format_version 2 is newer than this hf_sparse, which reads up to 1: pip install -U"),
-        ({"format_version": 2, "layers": 5, "modules": 7}, "format_version 2 is newer"),
+        ({"format_version": 3}, "format_version 3 is newer than this hf_sparse, which reads up to 2: pip install -U"),
+        ({"format_version": 3, "layers": 5, "modules": 7}, "format_version 3 is newer"),
         ({"format_version": 0}, "format_version must be an integer from 1, found 0"),
         ({"format_version": "1"}, "found '1'"),
         ({"format_version": True}, "found True"),

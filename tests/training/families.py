@@ -24,6 +24,7 @@ class Family:
         stacks: name of each list of layers -> linears that one layer holds, by name inside the layer.
         task: kind of `rows` that it takes; "images" for vision.
         outside: linears that are never targets.
+        experts: fused experts of each layer, by the name of their parameter inside it.
     """
 
     make: Callable[[], Any]
@@ -31,6 +32,7 @@ class Family:
     task: str
     outside: tuple[str, ...]
     layers: int = 2
+    experts: tuple[str, ...] = ()
 
 
 def _bert_like(attention: str = "attention.self") -> tuple[str, ...]:
@@ -195,8 +197,9 @@ FAMILIES = {
             tf.MixtralConfig(**TEXT, **SMALL, **POSITIONS, num_key_value_heads=1, num_local_experts=4,
                              num_experts_per_tok=2)
         ),
-        # The experts are parameters [experts, rows, columns] without linears: they stay dense.
+        # The experts are parameters [experts, rows, columns] without linears.
         stacks={"model.layers": _LLAMA[:4]}, task="lm", outside=("lm_head",),
+        experts=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
     ),
     "t5": Family(
         make=lambda: tf.T5ForConditionalGeneration(

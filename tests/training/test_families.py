@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from hf_sparse import BlockSparseLinear, report
+from hf_sparse import report
+from hf_sparse.inference.compress import compressed_tensors
 from tests.training.families import FAMILIES, family_batch, family_model, family_rows
 from tests.training.tiny import make_trainer, pruned_zero
 
@@ -40,9 +41,7 @@ def test_train_save_load_gives_the_same_outputs(tmp_path: Path, name: str) -> No
     trainer.save_model(tmp_path / "final")
     loaded, info = type(model).from_pretrained(tmp_path / "final", output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert {n for n, m in loaded.named_modules() if isinstance(m, BlockSparseLinear)} == set(
-        trainer.pruner.masks.targets
-    )
+    assert set(compressed_tensors(loaded)[0]) == set(trainer.pruner.masks.targets)
     torch.testing.assert_close(outputs(loaded, batch), outputs(model, batch), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(outputs(loaded, batch), dense, atol=1e-3), "the run changed the model"
     assert report(tmp_path / "final").sparsity == pytest.approx(trainer.pruner.masks.sparsity)

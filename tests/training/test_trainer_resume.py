@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_sparse import FormatError
 from hf_sparse.training.checkpoints.checkpoint import STATE_FILE, load_state
+from tests.training.families import family_batch, family_model, family_rows
 from tests.training.tiny import assert_same, bert, llama, make_trainer, pruned_zero, rows, weights_of
 
 # Masks are chosen at steps 2, 4 and 6, coefficients at steps 0 and 3, layers grafted up to step 8 of 9.
@@ -91,6 +92,21 @@ def test_a_causal_lm_resumes_with_either_form_of_the_penalty(tmp_path: Path, for
 
     first = run(tmp_path / "a")
     again = run(tmp_path / "b", resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert_same(weights_of(first.model), weights_of(again.model))
+
+
+def test_a_model_that_is_saved_under_other_names_resumes(tmp_path: Path) -> None:
+    # transformers writes the layers of a ViT as its first checkpoints named them; `Trainer` would not find them again.
+    def run(folder: Path, **train: Any) -> Any:
+        trainer = make_trainer(
+            family_model("vit"), folder, family_rows("vit", 20), extra={"data_collator": family_batch},
+            **{**RUN, "max_steps": 5},
+        )  # fmt: skip
+        trainer.train(**train)
+        return trainer
+
+    first = run(tmp_path / "a")
+    again = run(tmp_path / "b", resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
     assert_same(weights_of(first.model), weights_of(again.model))
 
 

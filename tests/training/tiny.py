@@ -228,7 +228,7 @@ def pruned_zero(trainer: Any) -> bool:
     pruned = 0
     for name, module in trainer.pruner.masks.targets.items():
         weight = module.weight.detach()
-        weight = weight.t() if type(module).__name__ == "Conv1D" else weight
+        weight = weight.t() if type(module).__name__ == "Conv1D" else weight.flatten(0, -2)
         mask = trainer.pruner.masks.masks[name]
         height, width = weight.shape[0] // mask.shape[0], weight.shape[1] // mask.shape[1]
         for r in range(mask.shape[0]):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_sparse.core.files import atomic_folder
 from hf_sparse.inference.bench import MismatchError, check_close
-from hf_sparse.inference.compress import compressed_layers, decompress
+from hf_sparse.inference.compress import compressed_experts, compressed_layers, decompress
 from hf_sparse.inference.exits.crop import crop as crop_model
 from hf_sparse.inference.exits.onnx import write_onnx
 from hf_sparse.inference.exits.samples import ExportError, Plain, dynamic_axes, output_names, sample_inputs
@@ -107,6 +107,8 @@ def export_program(
         layer.index()
         if kernels:
             layer.backend()
+    for experts in compressed_experts(copied).values():
+        experts.dense_weights()
     axes = {name: dict.fromkeys(named, torch.export.Dim.AUTO) for name, named in dynamic_axes(example).items()}
     options = Plain(copied, list(example)).options
     try:

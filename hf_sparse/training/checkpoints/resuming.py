@@ -81,6 +81,19 @@ class ResumingTrainer(TeachingTrainer):
         if self.args.should_save:
             rotate_checkpoints(str(run_dir), limit, self.state.best_model_checkpoint, use_mtime=True)
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        super()._issue_warnings_after_load(load_result)
+        tied = getattr(self.student, "all_tied_weights_keys", None) or ()
+        missing = set(load_result.missing_keys)
+        lost = [name for name, _ in self.student.named_parameters() if name in missing and name not in tied]
+        if lost:
+            # `Trainer` warns, and goes on with the weights that the model happens to have.
+            raise ValueError(
+                f"the checkpoint lacks {len(lost)} weights of {type(self.student).__name__}, {lost[0]} first: it was "
+                f"written by another class, or with weights under other names. Load it with from_pretrained and begin "
+                f"anew."
+            )
+
     def _cannot_write(self, folder: Path, error: Exception) -> OSError:
         free = shutil.disk_usage(folder.parent).free / 2**20
         if self.args.should_save:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from hf_sparse.inference.exits.crop import crop
 
 # Weights of an earlier save under another name would be loaded in place of the new ones.
 _WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+
+_UNSET = object()
 
 
 def save_final(
@@ -47,6 +50,25 @@ def save_final(
         save_others(staging)
 
 
+@contextlib.contextmanager
+def under_own_names(model: Any) -> Iterator[None]:
+    """Let `save_pretrained` write tensors as the model holds them.
+
+    By itself it writes those of some classes as their first checkpoints had them: layers under other names, experts
+    one by one. `Trainer` reads a checkpoint with `load_state_dict`, which knows nothing of that and leaves such
+    weights as they are.
+    """
+    before = vars(model).get("_weight_conversions", _UNSET)
+    model._weight_conversions = []
+    try:
+        yield
+    finally:
+        if before is _UNSET:
+            del model._weight_conversions
+        else:
+            model._weight_conversions = before
+
+
 def copy_to_cpu(model: nn.Module) -> nn.Module:
     """Copy a model to the CPU without a second copy on its device; tied weights stay tied."""
     memo: dict[int, object] = {}
@@ -56,7 +78,7 @@ def copy_to_cpu(model: nn.Module) -> nn.Module:
         memo[id(buffer)] = buffer.detach().to("cpu", copy=True)
     for module in model.modules():
         # The masks travel beside the copy; a copied attribute would only be dead weight.
-        if isinstance(mask := module.__dict__.get("block_mask"), Tensor):
+        if (mask := module.__dict__.get("block_mask")) is not None:
             memo[id(mask)] = None
     copied = copy.deepcopy(model, memo)
     for module in copied.modules():

@@ -98,7 +98,7 @@ def skeleton_of(model: nn.Module) -> nn.Module:
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
     for module in model.modules():
-        if isinstance(mask := module.__dict__.get("block_mask"), Tensor):
+        if (mask := module.__dict__.get("block_mask")) is not None:
             memo[id(mask)] = None
     skeleton = copy.deepcopy(model, memo)
     for module in skeleton.modules():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.core.blocks import BlockShape, block_norms
+from hf_sparse.core.experts import ExpertsWeight, Prunable
 from hf_sparse.core.targets import weight_view
 from hf_sparse.training.distributed import sum_over_ranks
 
@@ -68,9 +69,23 @@ def activation(weight: Tensor, block_shape: BlockShape, input_rms: Tensor) -> Te
     return magnitude(weight * input_rms.to(weight.device, weight.dtype), block_shape)
 
 
+def refuse_unmeasured(targets: Mapping[str, Prunable]) -> None:
+    """Refuse targets whose inputs `input_rms` cannot see: what one of fused experts reads is no input of a module.
+
+    Raises:
+        ValueError: naming one, and the way out.
+    """
+    if experts := [name for name, target in targets.items() if isinstance(target, ExpertsWeight)]:
+        raise ValueError(
+            f'importance="activation" cannot see what each of the experts in {experts[0]} reads (one of '
+            f'{len(experts)} fused weights). Use importance="fisher", the default, or "magnitude", or leave experts '
+            f"out with exclude_modules."
+        )
+
+
 @torch.no_grad()
 def input_rms(
-    model: nn.Module, targets: Mapping[str, nn.Module], micro_batches: Sequence[Mapping[str, Any]]
+    model: nn.Module, targets: Mapping[str, Prunable], micro_batches: Sequence[Mapping[str, Any]]
 ) -> dict[str, Tensor]:
     """Measure how large the inputs of linears are on a batch. Padding does not count.
 
@@ -83,7 +98,11 @@ def input_rms(
 
     Returns:
         {name: [I], float32}; ones for a linear that no token has reached.
+
+    Raises:
+        ValueError: as `refuse_unmeasured`.
     """
+    refuse_unmeasured(targets)
     squares: dict[str, Tensor] = {}
     counts: dict[str, Tensor] = {}
 
@@ -118,7 +137,7 @@ def input_rms(
 
 
 @contextlib.contextmanager
-def _watching(targets: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+def _watching(targets: Mapping[str, Any], see: Callable[[str, Tensor], None]) -> Iterator[None]:
     hooks = [
         module.register_forward_pre_hook(lambda _, inputs, name=name: see(name, inputs[0]))
         for name, module in targets.items()

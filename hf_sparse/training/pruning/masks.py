@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.core.blocks import BlockShape, grid_shape
+from hf_sparse.core.experts import Prunable
 from hf_sparse.core.targets import assign_block_shapes, find_targets, grad_view, weight_view
 from hf_sparse.training.distributed import norms_of_blocks, pruned_are_zero, scale_blocks_of_
 from hf_sparse.training.pruning.importance import magnitudes
@@ -21,7 +22,8 @@ class BlockMasks:
     """The masks of all pruned layers of a model.
 
     Args:
-        targets: {name: linear}; the weights are read and written through the modules, so they may move or be loaded.
+        targets: {name: linear or fused experts}; the weights are read and written through the modules, so they may
+            move or be loaded.
         block_shapes: (h, w) for all, or {name: (h, w)}; may hold -1.
         scope: "layer" = every weight has its own budget; "global" = all blocks compete for one.
 
@@ -41,7 +43,7 @@ class BlockMasks:
 
     def __init__(
         self,
-        targets: Mapping[str, nn.Module],
+        targets: Mapping[str, Prunable],
         block_shapes: BlockShape | Mapping[str, BlockShape],
         scope: str = "layer",
     ) -> None:

@@ -22,7 +22,7 @@ from hf_sparse.training.distributed import (
     reshard,
     scale_blocks_of_,
 )
-from hf_sparse.training.pruning.importance import magnitudes
+from hf_sparse.training.pruning.importance import magnitudes, refuse_unmeasured
 from hf_sparse.training.pruning.masks import BlockMasks
 from hf_sparse.training.pruning.penalty import coef_of_norms, gradient_factors, lasso_of_norms, shrink_factors
 from hf_sparse.training.pruning.sensitivity import SquaredGradients
@@ -54,6 +54,8 @@ class Pruner:
                 f"take weights from them that nothing makes up for. Leave them out with exclude_modules, or unfreeze "
                 f"them."
             )
+        if config.importance == "activation":
+            refuse_unmeasured(targets)
         for kind in fused_weights(model) if active else ():
             logger.warning("%s", kind)
         self.parts: list[FeedForward] = []

@@ -10,25 +10,26 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hf_sparse.core.targets import is_conv1d
+from hf_sparse.core.experts import Prunable
+from hf_sparse.core.targets import oriented
 from hf_sparse.training.distributed import is_sharded
 
 DECAY = 0.999  # Adam's usual beta2
 
 
 class SquaredGradients:
-    """Running means of the squared gradients of some linears' weights.
+    """Running means of the squared gradients of some weights.
 
     Args:
-        targets: {name: linear}.
+        targets: {name: linear or fused experts}.
 
     Attributes:
         own: {name: mean, in the weight's shape} of those that the optimizer does not keep.
     """
 
-    def __init__(self, targets: Mapping[str, nn.Module]) -> None:
+    def __init__(self, targets: Mapping[str, Prunable]) -> None:
         self.targets = targets
         self.own: dict[str, Tensor] = {}
 
@@ -77,8 +78,7 @@ class SquaredGradients:
             square = _kept_by(optimizer, weight)
             square = self.own.get(name) if square is None else square
             if square is not None:
-                square = square.to(weight.device)
-                found[name] = square.t() if is_conv1d(module) else square
+                found[name] = oriented(module, square.to(weight.device))
         average = torch.stack([square.float().mean() for square in found.values()]).mean() if found else None
         missing = [name for name in self.targets if name not in found]
         for name in missing:
