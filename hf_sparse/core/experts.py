@@ -49,6 +49,7 @@ class ExpertsWeight:
 
     @block_mask.setter
     def block_mask(self, mask: Tensor) -> None:
+        """Keep a mask beside the parameters."""
         self.module.__dict__.setdefault("block_mask", {})[self.part] = mask
 
 
