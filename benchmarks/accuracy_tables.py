@@ -78,41 +78,46 @@ def compare(results: Results, rows: Iterable[tuple[str, Mapping[str, Any]]], tas
     return "\n".join([*lines, f"| *dense* | {' | '.join(dense)} | 100% |", f"| *floor* | {' | '.join(floors)} | 0% |"])
 
 
-def methods_table(results: Results, sparsity: float = 0.9) -> str:
-    """Compare all methods at one sparsity in the default blocks, best first."""
+def methods_table(results: Results, tasks: Sequence[str] = LEAD, sparsity: float = 0.9) -> str:
+    """Compare all methods at one sparsity in the default blocks, best first; those last that miss a task."""
     methods = list(dict.fromkeys(c["method"] for c in select(results, block=SHAPE, sparsity=sparsity)))
     chosen = {m: {"method": m, "block": SHAPE, "sparsity": sparsity} for m in methods}
-    lead = {m: mean_share(results, LEAD, **wanted) for m, wanted in chosen.items()}
-    order = sorted(methods, key=lambda m: -(lead[m] if lead[m] is not None else -9.0))  # type: ignore[operator]
-    return compare(results, [(m, chosen[m]) for m in order], LEAD, f"method, {sparsity:.0%}, 8 x 1")
+
+    def rank(method: str) -> tuple[bool, float]:
+        known = [kept for task in tasks if (kept := mean_share(results, [task], **chosen[method])) is not None]
+        return len(known) < len(tasks), -mean(known) if known else 0.0
+
+    rows = [(method, chosen[method]) for method in sorted(methods, key=rank)]
+    return compare(results, rows, tasks, f"method, {sparsity:.0%}, 8 x 1")
 
 
-def sparsity_table(results: Results) -> str:
+def sparsity_table(results: Results, tasks: Sequence[str] = TASKS) -> str:
     """Compare the recipe with the control over sparsities, on all tasks."""
     rows = [
         (f"{method}, {sparsity:.0%}", {"method": method, "block": SHAPE, "sparsity": sparsity})
         for sparsity in (0.5, 0.8, 0.9, 0.95) for method in (RECIPE, CONTROL)
     ]  # fmt: skip
-    return compare(results, rows, TASKS, "method, sparsity (8 x 1)")
+    return compare(results, rows, tasks, "method, sparsity (8 x 1)")
 
 
-def blocks_table(results: Results) -> str:
-    """Compare block shapes under the recipe."""
+def blocks_table(results: Results, tasks: Sequence[str] = LEAD) -> str:
+    """Compare block shapes under the recipe, and the hybrid: tiles in attention, whole units of feed-forward parts."""
     shapes = [(1, 1), (4, 1), (8, 1), (32, 1), (1, 8), (16, 16), (32, 32)]
     rows = [
         (f"{h} x {w}, {sparsity:.0%}", {"method": RECIPE, "block": (h, w), "sparsity": sparsity})
         for sparsity in (0.8, 0.9) for h, w in shapes
     ]  # fmt: skip
-    return compare(results, rows, LEAD, "blocks, sparsity")
+    rows.append(("hybrid, 90%", {"method": "hybrid", "sparsity": 0.9}))
+    return compare(results, rows, tasks, "blocks, sparsity")
 
 
-def gap_table(results: Results, sparsity: float = 0.9) -> str:
+def gap_table(results: Results, tasks: Sequence[str] = LEAD, sparsity: float = 0.9) -> str:
     """Lay out scores on training and dev rows, their gap and the best dev score, per task and method."""
     lines = [
         "| task | method | train | dev | train - dev | best dev | dev loss | seeds |",
         "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
-    for task in LEAD:
+    for task in tasks:
         groups = [[c for c in select(results, task=task) if c["method"] == "dense"]]
         methods = dict.fromkeys(c["method"] for c in select(results, task=task, block=SHAPE, sparsity=sparsity))
         groups += [select(results, task=task, method=m, block=SHAPE, sparsity=sparsity) for m in methods]
