@@ -15,9 +15,10 @@ _DEEPSEEK = {"moe_intermediate_size": 8, "n_routed_experts": 4, "num_experts_per
              "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1, "q_lora_rank": 8, "kv_lora_rank": 8,
              "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "num_key_value_heads": 2}  # fmt: skip
 
-MIXTURES: dict[str, Callable[[], Any]] = {
-    "mixtral": lambda: tf.MixtralForCausalLM(
-        tf.MixtralConfig(**_SIZES, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2)
+MIXTURES: dict[str, Callable[..., Any]] = {
+    "mixtral": lambda **changes: tf.MixtralForCausalLM(
+        tf.MixtralConfig(**{**_SIZES, "num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2,
+                            **changes})
     ),
     # More experts than are chosen, narrow ones, beside a norm of queries and keys.
     "qwen3_moe": lambda: tf.Qwen3MoeForCausalLM(
@@ -36,10 +37,10 @@ EXPERTS = {
 }
 
 
-def mixture(name: str, seed: int = 0) -> Any:
-    """A tiny mixture in eval mode."""
+def mixture(name: str, seed: int = 0, **changes: Any) -> Any:
+    """A tiny mixture in eval mode; `changes` go to the config of Mixtral."""
     torch.manual_seed(seed)
-    return stirred(MIXTURES[name]()).eval()
+    return stirred(MIXTURES[name](**changes)).eval()
 
 
 def expert_shapes(name: str) -> dict[str, tuple[int, int, int]]:

@@ -96,6 +96,7 @@ class SparseDistillTrainer(ResumingTrainer):
         self.pruner = Pruner(model, self.args)
         self._shifted, self._task_unit = predicts_next(model), task_unit(model)
         self.engine = Engine(self.accelerator, model)
+        self.engine.check_targets(self.pruner.masks.targets)
         self.distiller = Distiller(model, self.args, self._given_teacher, self.engine)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from hf_sparse.training.distributed.shards import parts_of_shard
 from tests.distributed.cpu_fsdp import fsdp_on_cpu
 from tests.distributed.traffic import counted
+from tests.mixtures import mixture
 from tests.training.scenarios import everything_on, set_quiet
 from tests.training.tiny import CHECKPOINTING, Watch, bert, gradients_of, make_trainer, rows, weights_of
 
@@ -209,8 +210,27 @@ def refusals(folder: Path) -> dict[str, str]:
     return seen
 
 
+def mixture_of_experts(folder: Path) -> dict[str, Any]:
+    """A mixture: each rank holds two of its four experts. And one whose experts cannot be shared."""
+    run = {**RUN, "block_height": 8, "block_width": 1}
+    trainer = make_trainer(mixture("mixtral"), folder, rows("lm", 16), **run, **SPLIT, **SHARDED)
+    trainer.train()
+    trainer.save_model(folder / "final")
+    dist.barrier()
+    refused = ""
+    try:
+        make_trainer(mixture("mixtral", num_local_experts=3), folder, rows("lm", 16), **run, **SPLIT, **SHARDED)
+    except ValueError as error:
+        refused = str(error)
+    experts = {name: p for name, p in trainer.student.named_parameters() if ".experts." in name}
+    return {
+        "local": {name: tuple(p.to_local().shape) for name, p in experts.items()}, "refused": refused,
+        "masks": trainer.pruner.masks.state_dict(), "weights": weights_of(trainer.student), "run": run,
+    }  # fmt: skip
+
+
 SCENARIOS = {
-    2: (setting, invariance, whole_runs, resume, saving, options, traffic, refusals),
+    2: (setting, invariance, whole_runs, resume, saving, options, traffic, refusals, mixture_of_experts),
     4: (setting, invariance, resume, traffic),
 }
 

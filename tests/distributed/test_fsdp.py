@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_sparse import load_dense
 from hf_sparse.training.distributed.shards import parts_of_shard
 from tests.distributed import fsdp_ranks
 from tests.distributed.launching import launched_once
+from tests.mixtures import mixture
 from tests.training.scenarios import everything_on
 from tests.training.tiny import assert_same, bert, gradients_of, make_trainer, pad, rows, weights_of
 
@@ -196,3 +198,16 @@ def test_parts_cover_a_shard_once_and_know_their_blocks(size: tuple[int, int], b
             assert len(cols_in) == part.shape[1] * (part.grid_cols.stop - part.grid_cols.start)
         assert (seen == 1).all()
     assert parts_of_shard((4, 0), (0, 6), block_shape) == ()
+
+
+def test_a_mixture_whose_experts_the_ranks_share_ends_as_on_one_rank(two: Any, tmp_path: Path) -> None:
+    folder, ranks = two
+    alone = make_trainer(mixture("mixtral"), tmp_path, rows("lm", 16), **ranks[0]["mixture_of_experts"]["run"])
+    alone.train()
+    for seen in (rank["mixture_of_experts"] for rank in ranks):
+        assert {shape[0] for shape in seen["local"].values()} == {2}
+        assert_same(alone.pruner.masks.state_dict(), seen["masks"])
+        assert_close(weights_of(alone.model), seen["weights"], "weights", rtol=1e-3)
+        assert "holds 3 experts, which 2 ranks cannot share evenly under FSDP2" in seen["refused"]
+    saved = load_dense(type(alone.student), folder / "mixture_of_experts" / "final")
+    assert_same(weights_of(saved), ranks[0]["mixture_of_experts"]["weights"])

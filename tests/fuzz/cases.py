@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 import shutil
@@ -24,12 +25,14 @@ from hf_sparse.hub.card import card_metadata, is_rendered, render_card, write_ca
 from hf_sparse.hub.facts import FACTS_FILE, CardFacts, read_facts
 from hf_sparse.hub.html import render_report
 from hf_sparse.hub.masks import read_mask_maps
-from hf_sparse.inference.compress import compressed_layers
+from hf_sparse.inference.compress import compressed_tensors
 from hf_sparse.inference.streaming import decompress_folder
 from tests.fuzz.mutations import harmless_text, mutate_safetensors, mutate_text, mutate_tree
 from tests.fuzz.oracle import NotReadable, Plain, read_dense, read_file
 from tests.hub.test_facts import FULL
 from tests.inference import models
+from tests.mixtures import logits as logits_of
+from tests.mixtures import mixture
 
 CONFIG, WEIGHTS, INDEX, CARD = "config.json", "model.safetensors", "model.safetensors.index.json", "README.md"
 _OURS = str(Path(hf_sparse.__file__).parent)
@@ -51,12 +54,14 @@ class Case:
 
     kind = ""
     sharded = False
+    auto: Any = tf.AutoModelForSequenceClassification
+    prefix = "bert."
 
     def __init__(self, top: Path) -> None:
         self.whole, self.broken, self.out = top / "whole", top / "broken", top / "out"
-        model, masks = models.pruned("bert")
+        model, masks = self.pruned()
         self.dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        self.expected = models.outputs(model, "bert")
+        self.expected = self.outputs(model)
         compress(model, masks).save_pretrained(self.whole, **({"max_shard_size": "8KB"} if self.sharded else {}))
         # Bait: what a loader would run if it could be led to.
         (self.whole / "evil.py").write_text("open('EXECUTED', 'w').write('x')\n")
@@ -68,7 +73,15 @@ class Case:
         # What is restored before each case: only what the case may have changed.
         self.kept = {name: (self.whole / name).read_bytes() for name in self.changed()}
         # Kernels and all else that is loaded once.
-        models.outputs(tf.AutoModelForSequenceClassification.from_pretrained(self.whole), "bert")
+        self.outputs(self.auto.from_pretrained(self.whole))
+
+    def pruned(self) -> tuple[Any, dict[str, Tensor]]:
+        """A model with zero blocks, and its masks."""
+        return models.pruned("bert")
+
+    def outputs(self, model: Any) -> Tensor:
+        """What a model computes."""
+        return models.outputs(model, "bert")
 
     def changed(self) -> list[str]:
         """Names of the files that a case may damage."""
@@ -118,7 +131,8 @@ class Case:
         assert str(found)
         if truth is not None and found.layers:
             for layer in found.layers:
-                if truth[layer.name + ".weight"].shape != layer.shape:
+                *first, columns = (truth.get(layer.name) or truth[layer.name + ".weight"]).shape
+                if (math.prod(first), columns) != layer.shape:
                     raise Wrong(f"report tells shape {layer.shape} of {layer.name}")
 
     def check_folder(self, truth: dict[str, Plain] | None) -> None:
@@ -133,20 +147,21 @@ class Case:
             raise Wrong(f"decompressed to other values: {sorted(names)[:3]}")
 
     def check_loading(self, truth: dict[str, Plain] | None, ignore: bool) -> None:
-        model = tf.AutoModelForSequenceClassification.from_pretrained(self.broken, ignore_mismatched_sizes=ignore)
+        model = self.auto.from_pretrained(self.broken, ignore_mismatched_sizes=ignore)
         if getattr(model, "hf_quantizer", None) is None:
             self.check_plain(model)
             return
         if truth is None:
             raise Wrong("loaded what by docs/format.md is no checkpoint")
-        layers = compressed_layers(model)
-        logits = models.outputs(model, "bert")
+        layers = compressed_tensors(model)[0]
+        logits = self.outputs(model)
         config, model = model.config, decompress(model)
         twin = type(model)(config).eval()
         state = model.state_dict()
         for name, tensor in state.items():
             # A checkpoint of the bare model fits the one with a head, and that of one with a head around it.
-            said = truth.get(name) or truth.get(name.removeprefix("bert.")) or truth.get("bert." + name)
+            others = (name, name.removeprefix(self.prefix), self.prefix + name)
+            said = next((truth[other] for other in others if other in truth), None)
             if said is None or (said.shape != tuple(tensor.shape) and not name.startswith("classifier.")):
                 raise Wrong(f"loaded {name}, which is not in the files like that")
             if said.shape == tuple(tensor.shape) and not same(as_tensor(said).to(tensor.dtype), tensor):
@@ -157,7 +172,7 @@ class Case:
         if max(float(tensor.abs().max()) for tensor in state.values()) > 100:
             # Sums of huge values depend on their order. The bits have been compared.
             return
-        if not torch.allclose(models.outputs(twin.to(model.dtype), "bert"), logits, 1e-4, 1e-4, equal_nan=True):
+        if not torch.allclose(self.outputs(twin.to(model.dtype)), logits, 1e-4, 1e-4, equal_nan=True):
             raise Wrong("computes something else than the same dense model")
 
     def check_plain(self, model: Any) -> None:
@@ -204,6 +219,45 @@ class Config(Case):
             del tree["num_labels"]
         (self.broken / CONFIG).write_text(json.dumps(tree))
         return "tree"
+
+
+class Mixture(Case):
+    """A mixture of experts, whose fused weights are compressed, too."""
+
+    auto = tf.AutoModelForCausalLM
+    prefix = "model."
+
+    def pruned(self) -> tuple[Any, dict[str, Tensor]]:
+        model = mixture("mixtral")
+        return model, models.prune(model)
+
+    def outputs(self, model: Any) -> Tensor:
+        return logits_of(model)
+
+
+class MixtureWeights(Mixture, Weights):
+    """The safetensors file of a mixture."""
+
+    kind = "mixture weights"
+
+
+class MixtureConfig(Mixture, Config):
+    """config.json of a mixture."""
+
+    kind = "mixture config"
+
+    def damage(self, draw: random.Random) -> str:
+        done = super().damage(draw)
+        try:
+            tree = json.loads((self.broken / CONFIG).read_bytes())
+        except (ValueError, RecursionError):
+            return done
+        sizes = ("num_local_experts", "num_experts_per_tok", "intermediate_size", "hidden_size", "vocab_size")
+        if isinstance(tree, dict) and any(isinstance(tree.get(n), int) and tree[n] > 4096 for n in sizes):
+            # Not ours: transformers lists the experts of each token before anybody else sees the model.
+            (self.broken / CONFIG).write_bytes(self.kept[CONFIG])
+            return "left whole"
+        return done
 
 
 class Index(Case):
@@ -325,7 +379,9 @@ class Card(Case):
             raise Wrong(f"the page holds HTML of its facts: {new}")
 
 
-KINDS: dict[str, Callable[[Path], Case]] = {case.kind: case for case in (Weights, Config, Index, Card)}
+KINDS: dict[str, Callable[[Path], Case]] = {
+    case.kind: case for case in (Weights, Config, MixtureWeights, MixtureConfig, Index, Card)
+}
 
 
 def attempt(read: Callable[[], object], foreign: bool = False) -> Exception | None:

@@ -1,4 +1,4 @@
-"""Format 1 read a second time, from docs/format.md alone: what a folder says, in plain Python.
+"""Formats 1 and 2 read a second time, from docs/format.md alone: what a folder says, in plain Python.
 
 The fuzz holds whatever the library loads against this. It shares no line with the library and needs neither torch nor
 safetensors, so that a mistake of theirs is not made twice.
@@ -14,7 +14,7 @@ from typing import Any
 
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "U16": 2,
          "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}  # fmt: skip
-MASK = ".weight_block_mask"
+MASK = "_block_mask"
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Plain:
 
 
 class NotReadable(Exception):
-    """By the letter of docs/format.md this is no checkpoint of version 1."""
+    """By the letter of docs/format.md this is no checkpoint of versions 1 and 2."""
 
 
 def read_dense(folder: Path) -> dict[str, Plain]:
@@ -44,10 +44,13 @@ def read_dense(folder: Path) -> dict[str, Plain]:
                 _need(name not in tensors)
                 tensors[name] = tensor
         quantization = config["quantization_config"]
-        _need(quantization["quant_method"] == "hf_sparse" and quantization["format_version"] == 1)
+        version = quantization["format_version"]
+        _need(quantization["quant_method"] == "hf_sparse" and version in (1, 2))
         for name, entry in quantization["modules"].items():
-            tensors[name + ".weight"] = _unpack(tensors[name + ".weight"], tensors.pop(name + MASK), entry)
-        _need(not any(name.endswith(MASK) for name in tensors))
+            _need(len(entry["dense_shape"]) == 2 or version == 2)
+            key = name if len(entry["dense_shape"]) == 3 else name + ".weight"
+            tensors[key] = _unpack(tensors[key], tensors.pop(key + MASK), entry)
+        _need(not any(name.endswith(".weight" + MASK) for name in tensors))
     except (
         ValueError,
         KeyError,
@@ -88,9 +91,11 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _unpack(values: Plain, bitmap: Plain, entry: dict[str, Any]) -> Plain:
-    (height, width), (rows, columns) = entry["block_shape"], entry["dense_shape"]
+    (height, width), (*experts, rows, columns) = entry["block_shape"], entry["dense_shape"]
     size = SIZES[values.dtype]
-    _need(rows % height == 0 and columns % width == 0 and rows * columns <= 2**24)
+    _need(rows % height == 0 and (not experts or ("transposed" not in entry and experts[0] > 0)))
+    rows *= math.prod(experts)
+    _need(columns % width == 0 and rows * columns <= 2**24)
     bands, per_band = rows // height, columns // width
     _need(values.shape == (entry["kept"], height, width) and bitmap.dtype == "U8")
     _need(len(bitmap.data) == (bands * per_band + 7) // 8)
@@ -107,7 +112,7 @@ def _unpack(values: Plain, bitmap: Plain, entry: dict[str, Any]) -> Plain:
             dense[at : at + width * size] = values.data[start : start + width * size]
         taken += 1
     _need(taken == entry["kept"])
-    return Plain(values.dtype, (rows, columns), bytes(dense))
+    return Plain(values.dtype, tuple(entry["dense_shape"]), bytes(dense))
 
 
 def _need(condition: bool) -> None:

@@ -18,6 +18,8 @@ from hf_sparse.core.experts import ExpertsWeight
 from hf_sparse.core.targets import find_targets
 from hf_sparse.inference.compress import compressed_experts, compressed_tensors
 from hf_sparse.inference.experts import BlockSparseExperts
+from hf_sparse.inference.streaming import compress_folder, decompress_folder
+from hf_sparse.training.checkpoints.saving import under_own_names
 from tests.inference import damage, models
 from tests.inference.models import assert_same, file_bytes
 from tests.mixtures import MIXTURES, expert_shapes, gpt_oss, logits, mixture
@@ -329,6 +331,43 @@ def test_under_the_compiler() -> None:
     x, index, weights = torch.randn(6, 16), torch.tensor([[0, 1], [3, 2]] * 3), torch.rand(6, 2)
     with torch.no_grad():
         assert_same(torch.compile(module, backend="eager")(x, index, weights), module(x, index, weights))
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_folders_tensor_by_tensor(name: str, tmp_path: Path) -> None:
+    model, masks = pruned(name)
+    expected = logits(model)
+    with under_own_names(model):
+        model.save_pretrained(tmp_path / "dense")
+    (tmp_path / "small").mkdir()
+    (tmp_path / "again").mkdir()
+    formats = compress_folder(tmp_path / "dense", tmp_path / "small", (4, 1))
+    saved(tmp_path / "whole", name)
+    assert damage.read(tmp_path / "small" / "model.safetensors")[0].keys() == damage.read(
+        tmp_path / "whole" / "model.safetensors"
+    )[0].keys()  # fmt: skip
+    assert formats == compressed_tensors(compress(model, block_shape=(4, 1)))[0]
+    assert set(formats) == set(masks)
+    loaded = type(model).from_pretrained(tmp_path / "small")
+    assert_same(logits(loaded), expected)
+    decompress_folder(tmp_path / "small", tmp_path / "again")
+    first, second = (load_file(tmp_path / folder / "model.safetensors") for folder in ("dense", "again"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert_same(logits(type(model).from_pretrained(tmp_path / "again")), expected)
+
+
+def test_left_to_transformers_to_load(tmp_path: Path) -> None:
+    # Where layers are offloaded, transformers fills the model, under the shapes that it was given.
+    expected = saved(tmp_path / "model")
+    device_map = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu",
+                  "model.rotary_emb": "cpu", "lm_head": "cpu"}  # fmt: skip
+    kwargs: dict[str, Any] = {"device_map": device_map, "offload_folder": tmp_path / "offload"}
+    model = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "model", **kwargs)
+    for _ in range(2):
+        assert_same(logits(model), expected)
+    with pytest.raises(ValueError, match="layers.1.* is offloaded, so its weight is not at hand"):
+        decompress(model)
 
 
 def test_a_mixture_with_the_other_layout_is_compressed_around_its_experts(tmp_path: Path) -> None:

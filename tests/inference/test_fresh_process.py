@@ -48,6 +48,19 @@ assert "hf_sparse" not in sys.modules
 """
 
 
+WITHOUT_EXPERTS = """
+import sys
+from transformers import AutoModelForCausalLM
+try:
+    AutoModelForCausalLM.from_pretrained({folder!r})
+except Exception as error:
+    print(type(error).__name__)
+else:
+    print("LOADED")
+assert "hf_sparse" not in sys.modules
+"""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A compressed BERT with a tokenizer."""
@@ -79,3 +92,10 @@ def test_without_hf_sparse_it_raises(folder: Path) -> None:
     assert done.stdout.split() == ["RuntimeError", "ValueError"]
     # The message names the way out: the word that leads to this package.
     assert "got hf_sparse" in done.stderr
+
+
+def test_experts_are_refused_without_hf_sparse() -> None:
+    code = WITHOUT_EXPERTS.format(folder=str(ROOT / "tests" / "golden" / "v2" / "mixtral"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["RuntimeError"]

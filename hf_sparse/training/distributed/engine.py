@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from hf_sparse.core.experts import ExpertsWeight, Prunable
 from hf_sparse.core.targets import find_stacks
 from hf_sparse.training.distributed.ranks import on_wire
 from hf_sparse.training.distributed.shards import reshard
@@ -32,6 +34,23 @@ class Engine:
             # What models name for the purpose may hold their embeddings, which accelerate then shards a second time.
             layers = {type(layer).__name__ for stack in find_stacks(model).values() for layer in stack}
             accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(layers) or None
+
+    def check_targets(self, targets: Mapping[str, Prunable]) -> None:
+        """Refuse fused experts that cannot be shared evenly by the ranks: a shard has to hold whole experts.
+
+        Args:
+            targets: {name: linear or fused experts} of the run.
+
+        Raises:
+            ValueError: naming one, and the way out.
+        """
+        ranks = self.accelerator.num_processes if self.is_sharded else 1
+        for name, target in targets.items():
+            if isinstance(target, ExpertsWeight) and target.experts % ranks:
+                raise ValueError(
+                    f"{name} holds {target.experts} experts, which {ranks} ranks cannot share evenly under FSDP2. Use "
+                    f"a number of ranks that divides it, DDP, or leave experts out with exclude_modules."
+                )
 
     def place_teacher(self, teacher: nn.Module, grafted: bool) -> None:
         """Shard a teacher that is on its device.
