@@ -2,10 +2,14 @@
 
 Fine-tune the dense model (only if asked), prune and distil it, measure both, save the small one, publish it. Arguments
 are those of transformers' run_glue.py and the fields of SparseDistillConfig, on the command line or in one JSON or
-YAML file. `--smoke` tries it all in seconds, offline. Runs under `accelerate launch` as it is.
+YAML file. `--smoke` tries it all in seconds, offline.
 
     python examples/run_glue.py --model_name_or_path google-bert/bert-base-uncased --task_name sst2 \
         --finetune_epochs 3 --do_train --do_eval --learning_rate 2e-4 --num_train_epochs 5 --output_dir sst2-sparse
+
+Many GPUs:
+
+    accelerate launch --multi_gpu --num_processes 4 examples/run_glue.py ...
 """
 
 from __future__ import annotations

@@ -69,6 +69,8 @@ def plan(
 
 
 def _read_values(config_file: Path) -> dict[str, Any]:
+    if config_file.is_dir():
+        raise IsADirectoryError(f"{config_file} is a folder: expected a JSON file; a model is named by --model.")
     if not config_file.is_file():
         raise FileNotFoundError(
             f"{config_file} is not a file: expected a JSON file with fields of SparseDistillConfig."

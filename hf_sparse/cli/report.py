@@ -63,6 +63,8 @@ def _check_page(html: Path) -> None:
     """Refuse a name that a page should not have, before anything is read."""
     if html.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"--html {html}: the name of the page must end in .html.")
+    if html.is_dir():
+        raise IsADirectoryError(f"--html {html} is a folder: name a file.")
     if not html.parent.is_dir():
         raise FileNotFoundError(f"--html {html}: {html.parent} is no folder.")
 

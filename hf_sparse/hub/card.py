@@ -14,11 +14,11 @@ from functools import cache
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from jinja2 import Template
 
 from hf_sparse.core.files import atomic_folder
 from hf_sparse.hub.facts import FACTS_FILE, CardFacts, read_facts
-from hf_sparse.hub.filters import FILTERS, is_hub_id
+from hf_sparse.hub.filters import FILTERS, is_hub_id, template_environment
 from hf_sparse.hub.plots import draw_pictures
 
 CARD_FILE = "README.md"
@@ -170,13 +170,7 @@ def _eval_results(facts: CardFacts) -> list[EvalResult]:
 
 @cache
 def _template() -> Template:
-    environment = Environment(
-        loader=PackageLoader("hf_sparse.hub", "templates"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        autoescape=False,
-    )
+    environment = template_environment(autoescape=False)
     environment.filters.update(FILTERS)
     return environment.get_template("model_card.md")
 

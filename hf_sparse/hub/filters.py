@@ -1,4 +1,4 @@
-"""How facts are written in a card: numbers, bytes, links. One rule per kind of fact, used by the template."""
+"""How facts are written in a card: numbers, bytes, links. One rule per kind of fact, used by the templates."""
 
 from __future__ import annotations
 
@@ -8,11 +8,24 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
 from hf_sparse.hub.facts import CostFacts, DataFacts, LatencyFacts, MetricFacts
 
 GAP = "not measured"
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+def template_environment(autoescape: bool) -> Environment:
+    """Make what renders the templates of this package; a name that it does not know is an error, and not empty."""
+    return Environment(
+        loader=PackageLoader("hf_sparse.hub", "templates"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=autoescape,
+    )
 
 
 def is_hub_id(name: str) -> bool:

@@ -7,12 +7,22 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from jinja2 import Template
 from markupsafe import Markup
 
 from hf_sparse.core.report import report
 from hf_sparse.hub.facts import FACTS_FILE, CardFacts, DataFacts, read_facts
-from hf_sparse.hub.filters import GAP, count, json_value, milliseconds, percent, ratio, score, shape
+from hf_sparse.hub.filters import (
+    GAP,
+    count,
+    json_value,
+    milliseconds,
+    percent,
+    ratio,
+    score,
+    shape,
+    template_environment,
+)
 from hf_sparse.hub.history import curves
 from hf_sparse.hub.masks import lay_out, read_mask_maps
 from hf_sparse.hub.plots import compared
@@ -105,13 +115,7 @@ def _data(data: DataFacts) -> str:
 
 @cache
 def _template() -> Template:
-    environment = Environment(
-        loader=PackageLoader("hf_sparse.hub", "templates"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        autoescape=True,
-    )
+    environment = template_environment(autoescape=True)
     filters = {f.__name__: f for f in (breakable, count, milliseconds, percent, ratio, score, shape)}
     environment.filters.update(filters)
     environment.globals["GAP"] = Markup('<span class="gap">{}</span>').format(GAP)

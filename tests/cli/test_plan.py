@@ -138,3 +138,7 @@ def test_plan_refuses(cli: Cli, config: Path, small: Path, tmp_path: Path) -> No
     assert_refused(cli("plan", "--model", dense, *one_block), "would remove all of bert.encoder.layer.0")
     assert_refused(cli("plan", "--model", dense, "--sparsity", 1.5), "sparsity=1.5 must be")
     assert_refused(cli("plan", "--model", dense, "--block-height", 7), "does not divide the 16 output")
+
+
+def test_a_folder_in_place_of_a_config_is_told_where_it_belongs(cli: Cli, tmp_path: Path) -> None:
+    assert_refused(cli("plan", dense_folder(tmp_path / "dense")), "dense is a folder: .*; a model is named by --model")

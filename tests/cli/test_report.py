@@ -33,12 +33,14 @@ def test_the_page_is_written_beside_the_table(cli: Cli, model_folder: Path, tmp_
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("page.txt", "must end in .html"), ("model.safetensors", "must end"), ("no/page.html", "no is no folder")],
-)
+    [("page.txt", "must end in .html"), ("model.safetensors", "must end"), ("no/page.html", "no is no folder"),
+     ("folder.html", "folder.html is a folder: name a file")],
+)  # fmt: skip
 def test_pages_are_not_written_just_anywhere(
     cli: Cli, model_folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
 ) -> None:
     monkeypatch.chdir(model_folder)
+    Path("folder.html").mkdir()
     before = (model_folder / "model.safetensors").read_bytes()
     assert_refused(cli("report", model_folder, "--html", name), message)
     assert (model_folder / "model.safetensors").read_bytes() == before

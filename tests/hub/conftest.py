@@ -60,6 +60,7 @@ def model_folder(tmp_path: Path) -> Path:
     compress(model, masks).save_pretrained(folder)
     (folder / "README.md").write_text("# a card\n")
     (folder / "training_args.bin").write_bytes(b"pickle")
-    (folder / "checkpoint-2").mkdir()
-    (folder / "checkpoint-2" / "model.safetensors").write_bytes(b"dense")
+    for name in ("checkpoint-2", "_dense"):
+        (folder / name).mkdir()
+        (folder / name / "model.safetensors").write_bytes(b"dense")
     return folder

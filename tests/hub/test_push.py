@@ -169,8 +169,12 @@ def test_the_trainer_pushes_model_card_and_facts(hub: LoopbackHub, tmp_path: Pat
     )  # fmt: skip
     trainer = SparseDistillTrainer(model, config, train_dataset=rows)
     trainer.train()
+    # Where the example scripts keep the model that they began with.
+    (tmp_path / "out" / "_dense").mkdir()
+    (tmp_path / "out" / "_dense" / "model.safetensors").write_bytes(b"dense")
     trainer.push_to_hub(license="mit")
     files = hub.repos[REPO].files
+    assert not [name for name in files if "dense" in name]
     assert {"config.json", "model.safetensors", "README.md", FACTS_FILE, "masks.png"} <= set(files)
     facts = CardFacts.from_dict(json.loads(files[FACTS_FILE]))
     assert files["README.md"].decode() == render_card(facts)
