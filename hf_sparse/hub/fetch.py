@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import (
@@ -12,6 +13,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import tqdm
 
 from hf_sparse.hub.facts import FACTS_FILE
 
@@ -21,6 +23,15 @@ LOOKED_AT = ("config.json", "model*.safetensors", "model.safetensors.index.json"
 
 class FetchError(RuntimeError):
     """A model could not be brought here from the Hub. The message says why and the way out."""
+
+
+class _Bar(tqdm):
+    """A progress bar of the Hub's client, whose count of files is else shown also where nobody watches."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # What tqdm takes for "unless this is a terminal".
+        kwargs.setdefault("disable", None)
+        super().__init__(*args, **kwargs)
 
 
 def fetch_model(repo_id: str, revision: str | None = None, token: str | None = None, weights: bool = True) -> Path:
@@ -41,7 +52,7 @@ def fetch_model(repo_id: str, revision: str | None = None, token: str | None = N
     api = HfApi(token=token)
     wanted = [name for name in LOOKED_AT if weights or not name.endswith(".safetensors")]
     try:
-        return Path(api.snapshot_download(repo_id, revision=revision, allow_patterns=wanted))
+        return Path(api.snapshot_download(repo_id, revision=revision, allow_patterns=wanted, tqdm_class=_Bar))
     except GatedRepoError as error:
         why = f"access to {repo_id} has to be asked for on its page."
         raise FetchError(f"{constants.ENDPOINT}: {why}") from error
