@@ -33,9 +33,9 @@ import yaml
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.accuracy_cell import ROOT, Sources, floor_score, scores, train_cell, write_json
-from benchmarks.accuracy_energy import kept_energy
-from benchmarks.accuracy_jobs import cell_file, run_jobs
+from benchmarks.grid.cell import ROOT, Sources, floor_score, scores, train_cell, write_json
+from benchmarks.grid.energy import kept_energy
+from benchmarks.grid.jobs import cell_file, run_jobs
 from hf_sparse.inference.environment import environment
 
 GRID, RESULTS = ROOT / "benchmarks/accuracy.yaml", ROOT / "benchmarks/results/accuracy.json"

@@ -19,12 +19,14 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.accuracy_tables import (
+from benchmarks.layouts.accuracy import (
     CONTROL,
+    LAST,
     LEAD,
     RECIPE,
     SHAPE,
     SLOWER,
+    TRAINED,
     Results,
     blocks_table,
     energy_table,
@@ -42,17 +44,20 @@ from benchmarks.accuracy_tables import (
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks/results/accuracy.json", ROOT / "docs/accuracy.md"
 CPU_RESULTS = ROOT / "benchmarks/results/accuracy_cpu.json"
+TRAINER_RESULTS = ROOT / "benchmarks/results/accuracy_trainer.json"
 TRIED = ROOT / "benchmarks/results/accuracy_exploration.json"
 _MARKED = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n)(.*?)(<!-- /table:(?P=name) -->)", re.DOTALL)
 
 
-def tables(results: Results, cpu: Results, tried: Results) -> dict[str, str]:
-    """Make every table of the page; block shapes only if they were run."""
+def tables(results: Results, trained: Results, cpu: Results, tried: Results) -> dict[str, str]:
+    """Make every table of the page; block shapes of the grid only if they were run."""
     made: dict[str, Callable[[], str]] = {
-        "goals": lambda: goals_table(results), "methods": lambda: methods_table(results),
+        "goals": lambda: goals_table(results, trained), "methods": lambda: methods_table(results),
         "sparsity": lambda: sparsity_table(results), "blocks": lambda: blocks_table(results),
         "gap": lambda: gap_table(results), "energy": lambda: energy_table(cpu), "cpu": lambda: short_table(cpu),
-        "tried": lambda: tried_table(tried),
+        "tried": lambda: tried_table(tried), "trainer-methods": lambda: methods_table(trained, TRAINED),
+        "trainer-sparsity": lambda: sparsity_table(trained, [LAST]),
+        "trainer-blocks": lambda: blocks_table(trained, ["qnli"]), "trainer-gap": lambda: gap_table(trained, TRAINED),
     }  # fmt: skip
     if not any(tuple(cell["block"]) != SHAPE for cell in select(results)):
         del made["blocks"]
@@ -119,10 +124,10 @@ def plot_courses(results: Results, task: str, file: Path, methods: Sequence[str]
 
 def main(arguments: list[str]) -> int:
     """Renew page and plots, or with --check only tell whether the tables are up to date."""
-    files = (RESULTS, CPU_RESULTS, TRIED)
-    results, cpu, tried = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+    files = (RESULTS, TRAINER_RESULTS, CPU_RESULTS, TRIED)
+    results, trained, cpu, tried = (json.loads(file.read_text(encoding="utf-8")) for file in files)
     old = PAGE.read_text(encoding="utf-8")
-    new = fill(old, tables(results, cpu, tried))
+    new = fill(old, tables(results, trained, cpu, tried))
     if "--check" in arguments:
         return int(new != old)
     PAGE.write_text(new, encoding="utf-8")

@@ -18,7 +18,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from benchmarks import gpu_tables, speed_tables, task_tables  # noqa: E402
+from benchmarks.layouts import gpu, speed, tasks  # noqa: E402
 
 DOCUMENTS = (
     REPOSITORY / "README.md",
@@ -48,18 +48,18 @@ def demo_table(results: dict[str, Any]) -> str:
 # {name of the table: (name of its JSON file, how it is laid out)}.
 LAYOUTS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "demo": ("demo", demo_table),
-    "cpu": ("cpu_encoder", speed_tables.short_table),
-    "cpu_encoder_float32": ("cpu_encoder", partial(speed_tables.encoder_table, dtype="float32")),
-    "cpu_encoder_bfloat16": ("cpu_encoder", partial(speed_tables.encoder_table, dtype="bfloat16")),
-    "cpu_linear": ("cpu_linear", speed_tables.linear_table),
-    "cpu_deepsparse": ("cpu_deepsparse", speed_tables.deepsparse_table),
-    "gpu_shapes": ("gpu_linear", gpu_tables.shapes_table),
-    "gpu_densities": ("gpu_linear", gpu_tables.densities_table),
-    "gpu_rivals": ("gpu_linear", gpu_tables.rivals_table),
-    "gpu_models": ("gpu_models", gpu_tables.models_table),
-    "cropping": ("cropping", task_tables.cropping_table),
-    "tasks": ("tasks", task_tables.tasks_table),
-    "int8_values": ("int8_values", task_tables.int8_table),
+    "cpu": ("cpu_encoder", speed.short_table),
+    "cpu_encoder_float32": ("cpu_encoder", partial(speed.encoder_table, dtype="float32")),
+    "cpu_encoder_bfloat16": ("cpu_encoder", partial(speed.encoder_table, dtype="bfloat16")),
+    "cpu_linear": ("cpu_linear", speed.linear_table),
+    "cpu_deepsparse": ("cpu_deepsparse", speed.deepsparse_table),
+    "gpu_shapes": ("gpu_linear", gpu.shapes_table),
+    "gpu_densities": ("gpu_linear", gpu.densities_table),
+    "gpu_rivals": ("gpu_linear", gpu.rivals_table),
+    "gpu_models": ("gpu_models", gpu.models_table),
+    "cropping": ("cropping", tasks.cropping_table),
+    "tasks": ("tasks", tasks.tasks_table),
+    "int8_values": ("int8_values", tasks.int8_table),
 }
 
 

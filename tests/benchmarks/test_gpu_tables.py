@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.gpu_tables import densities_table, models_table, rivals_table, shapes_table
+from benchmarks.layouts.gpu import densities_table, models_table, rivals_table, shapes_table
 
 
 def layer(engine: str, ms: float, block: list[int] | None = None, nominal: float = 0.1, **more: Any) -> dict[str, Any]:

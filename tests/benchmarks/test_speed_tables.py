@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import speed_tables
+from benchmarks.layouts import speed as speed_tables
 
 HEAD = {
     "command": "python benchmarks/cpu.py encoder",

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cropping, int8_values, task_tables, tasks
+from benchmarks import cropping, int8_values, tasks
+from benchmarks.layouts import tasks as task_tables
 from hf_sparse import BlockSparseLinear
 from hf_sparse.inference.exits.structure import croppable_layers
 from tests.examples.conftest import EXAMPLES

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
+from benchmarks.layouts.training import training_table
 from benchmarks.training import (
     AT_ONCE,
     TINY,
@@ -23,7 +24,6 @@ from benchmarks.training import (
     measure,
     peak_memory,
 )
-from benchmarks.training_tables import training_table
 
 ARGS = argparse.Namespace(device="cpu", smoke=True, only=None, **USUAL["smoke"])
 BY_NAME = {variant.name: variant for variant in VARIANTS}

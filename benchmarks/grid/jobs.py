@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy_cell import ROOT, Sources, load_rows, scores, write_json
+from benchmarks.grid.cell import ROOT, Sources, load_rows, scores, write_json
 
 REPAIRED_SETS = 4
 GRACE = 5.0  # seconds after the deadline in which running stacks may write down what they have
@@ -90,7 +90,7 @@ def run_stack(
     import torch
     from transformers import AutoModelForSequenceClassification, set_seed
 
-    from benchmarks.accuracy_stack import Stack, on, repaired, train
+    from benchmarks.grid.stack import Stack, on, repaired, train
     from hf_sparse import SparseDistillConfig
 
     task = grid["tasks"][cells[0]["task"]]
@@ -166,7 +166,7 @@ def _take_stacks(
 ) -> None:  # fmt: skip
     import torch
 
-    from benchmarks.accuracy_stack import OutOfTimeError
+    from benchmarks.grid.stack import OutOfTimeError
     from hf_sparse.inference.environment import environment
 
     torch.set_num_threads(1)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hf_sparse import SparseDistillConfig, SparseDistillTrainer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.accuracy_cell import Sources, load_rows
+from benchmarks.grid.cell import Sources, load_rows
 from hf_sparse import BlockMasks
 from hf_sparse.core.targets import weight_view
 from hf_sparse.training.pruning.importance import activation, input_rms

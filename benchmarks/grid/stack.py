@@ -1,6 +1,6 @@
 """Cells of one task and one length trained side by side, as one stack of models on one device.
 
-Does what `SparseDistillTrainer` does to each of them, step for step (tests/benchmarks/test_accuracy_stack.py compares
+Does what `SparseDistillTrainer` does to each of them, step for step (tests/benchmarks/test_stack.py compares
 weights), without its cost per model: a step of a small model keeps a GPU busy for a fraction of the time that it
 takes to launch. Imported by accuracy.py.
 """
@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.stacked_bert import StackedBert
-from benchmarks.stacked_pruning import StackedPruner, Watched
+from benchmarks.grid.stacked_bert import StackedBert
+from benchmarks.grid.stacked_pruning import StackedPruner, Watched
 from hf_sparse import SparseDistillConfig
 from hf_sparse.training.schedules import StepPlan, graft_draws, plan_step
 
@@ -402,7 +402,7 @@ def train(
         tell: takes a line about the progress.
 
     Returns:
-        {"steps", "sparsity_reached", "train", "dev", "wall_seconds"} per cell, as `accuracy_cell.train_cell` gives.
+        {"steps", "sparsity_reached", "train", "dev", "wall_seconds"} per cell, as `cell.train_cell` gives.
 
     Raises:
         OutOfTimeError: at the deadline.

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, DataCollatorWithPadding, set_seed
 
-from benchmarks.accuracy_stack import OutOfTimeError, Stack, batch_order, on, train
+from benchmarks.grid.stack import OutOfTimeError, Stack, batch_order, on, train
 from hf_sparse import SparseDistillConfig, SparseDistillTrainer
 
 CPU = torch.device("cpu")

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.stacked_bert import StackedBert
-from benchmarks.stacked_units import check_units, shape_in, tie_units_
+from benchmarks.grid.stacked_bert import StackedBert
+from benchmarks.grid.stacked_units import check_units, shape_in, tie_units_
 from hf_sparse.core.blocks import BlockShape, block_norms, expand_mask, scale_blocks_
 from hf_sparse.training.pruning.importance import magnitude
 from hf_sparse.training.pruning.penalty import next_coef
