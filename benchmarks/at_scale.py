@@ -47,7 +47,8 @@ def mask_update_bytes(model: Model, sharded: bool, activation: bool) -> int:
     """Bytes of the messages of one mask update: norms of shards, sizes of inputs, the masks, two comparisons."""
     norms = 4 * model.blocks if sharded else 0
     sizes = 4 * (model.inputs + len(model.weights)) if activation else 0
-    return norms + sizes + -(-model.blocks // 8) + 2 * 16 * len(model.weights)
+    masks = sum(-(-(rows * cols // model.block) // 8) for rows, cols in model.weights)
+    return norms + sizes + masks + 2 * 16 * len(model.weights)
 
 
 def coef_update_bytes(model: Model, sharded: bool) -> int:

@@ -298,7 +298,7 @@ def peak_memory(variant: Variant, model: nn.Module, teacher: nn.Module, args: ar
     if variant.settings is not None:
         pruner = trainer.pruner
         found["blocks"] = sum(mask.numel() for mask in pruner.masks.masks.values())
-        found["mask_bytes"] = sum(mask.nbytes for mask in pruner.masks.masks.values())
+        found["mask_bytes"] = pruner.masks.nbytes
         found["coef_bytes"] = sum(coef.nbytes for coef in pruner.coefs.values())
     return found
 

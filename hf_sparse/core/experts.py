@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hf_sparse.core.bits import Bitmap
 from hf_sparse.core.formats import MASK_SUFFIX
 
 
@@ -42,13 +43,13 @@ class ExpertsWeight:
         return int(self.weight.shape[0])
 
     @property
-    def block_mask(self) -> Tensor | None:
+    def block_mask(self) -> Bitmap | None:
         """The mask [R, C] over [E * O, I] that training goes by, where there is one; kept beside the parameters."""
-        masks: dict[str, Tensor] = self.module.__dict__.get("block_mask", {})
+        masks: dict[str, Bitmap] = self.module.__dict__.get("block_mask", {})
         return masks.get(self.part)
 
     @block_mask.setter
-    def block_mask(self, mask: Tensor) -> None:
+    def block_mask(self, mask: Bitmap) -> None:
         """Keep a mask beside the parameters."""
         self.module.__dict__.setdefault("block_mask", {})[self.part] = mask
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_sparse.core.bits import pack_bits
 from hf_sparse.core.blocks import BlockShape, from_blocks, grid_shape, to_blocks
 from hf_sparse.core.formats import (
     FORMAT_VERSION,
@@ -59,10 +60,7 @@ def pack_mask(mask: Tensor) -> Tensor:
         >>> pack_mask(torch.tensor([[True, False, True]]))
         tensor([5], dtype=torch.uint8)
     """
-    flat = mask.reshape(-1).to(torch.uint8)
-    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
-    bits = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
-    return (flat * bits).sum(-1, dtype=torch.uint8)
+    return pack_bits(mask.reshape(-1))
 
 
 def unpack_mask(bitmap: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_sparse.core.bits import Bitmap
 from hf_sparse.core.blocks import BlockShape
 from hf_sparse.core.experts import Prunable, experts_of
 from hf_sparse.core.fused import FusedWeights, fused_weights, grouped, is_fused
@@ -193,10 +194,10 @@ def _dense_layer(name: str, module: Prunable) -> LayerReport:
     weight = weight_view(module).detach()
     size = weight.numel() * weight.element_size()
     shape = (weight.shape[0], weight.shape[1])
-    mask = getattr(module, "block_mask", None)
-    if mask is not None:
-        block_shape = (shape[0] // mask.shape[0], shape[1] // mask.shape[1])
-        kept, total = int(mask.sum()), mask.numel()
+    bitmap: Bitmap | None = getattr(module, "block_mask", None)
+    if bitmap is not None:
+        block_shape = (shape[0] // bitmap.grid[0], shape[1] // bitmap.grid[1])
+        kept, total = int(bitmap.mask().sum()), bitmap.num_blocks
     else:
         block_shape, kept, total = (1, 1), int(torch.count_nonzero(weight)), weight.numel()
     return LayerReport(name=name, shape=shape, block_shape=block_shape, kept_blocks=kept, total_blocks=total,

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from hf_sparse.training.support import refuse_unsupported_optimizer
+
 if TYPE_CHECKING:
     from hf_sparse.training.trainer import SparseDistillTrainer
 
@@ -17,8 +19,9 @@ class StepHooks(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Once the number of steps is known."""
+        """Once the number of steps is known, and the optimizer where `create_optimizer` is the user's own."""
         self.trainer.compare_length()
+        refuse_unsupported_optimizer(self.trainer)
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """Before the forward."""

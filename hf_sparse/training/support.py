@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
@@ -16,6 +18,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from hf_sparse.inference.compress import compressed_tensors
 from hf_sparse.inference.exits.structure import croppable_layers
 from hf_sparse.training.config import SparseDistillConfig
+from hf_sparse.training.pruning.sensitivity import keeps_means, no_means_of_shards
+
+if TYPE_CHECKING:
+    from hf_sparse.training.trainer import SparseDistillTrainer
 
 
 def refuse_unsupported_engine(args: TrainingArguments) -> None:
@@ -41,6 +47,7 @@ def refuse_unsupported_engine(args: TrainingArguments) -> None:
                 f"weights, so that a shard has neither rows nor blocks. Use FSDP2: fsdp_version: 2 in the accelerate "
                 f"config, or fsdp_config={{'version': 2}}."
             )
+    refuse_other_parallelism(args)
     if args.parallel_mode.name == "SAGEMAKER_MODEL_PARALLEL":
         raise ValueError(f"SageMaker model parallelism is not supported: it cuts through blocks. {way_out}")
     if args.n_gpu > 1:
@@ -48,6 +55,23 @@ def refuse_unsupported_engine(args: TrainingArguments) -> None:
             f"{args.n_gpu} GPUs in one process would train through nn.DataParallel, which is not supported. {way_out} "
             f"Or show the process one GPU with CUDA_VISIBLE_DEVICES=0."
         )
+
+
+def refuse_other_parallelism(args: TrainingArguments) -> None:
+    """Refuse parallelism in which several ranks see the same samples: steps would be counted as larger than they are.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    given = getattr(args, "parallelism_config", None)
+    if given is None and parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        given = ParallelismConfig()
+    for name in ("tp_size", "cp_size", "sp_size"):
+        if given is not None and getattr(given, name, 1) > 1:
+            raise ValueError(
+                f"parallelism_config with {name}={getattr(given, name)} is not supported: only data parallelism is. "
+                f"Use dp_shard_size for FSDP2, with dp_replicate_size for copies of the shards."
+            )
 
 
 def refuse_unsupported_model(model: nn.Module, config: SparseDistillConfig) -> None:
@@ -79,6 +103,33 @@ def refuse_unsupported_model(model: nn.Module, config: SparseDistillConfig) -> N
     if config.save_format == "cropped":
         # Said now, and not after the training.
         croppable_layers(model)
+
+
+def refuse_unsupported_optimizer(trainer: SparseDistillTrainer) -> None:
+    """Refuse an optimizer without second moments, where Fisher information could come from nowhere else.
+
+    Raises:
+        ValueError: under FSDP2, naming the optimizer and the way out. One that cannot be tried beforehand is let
+            through; `SquaredGradients.watch` refuses it in its first step.
+    """
+    args, given = trainer.args, trainer.optimizer
+    if not trainer.engine.is_sharded or args.importance != "fisher" or not args.sparsity:
+        return
+    if given is not None:
+        given = getattr(given, "optimizer", given)
+        taken = inspect.signature(type(given)).parameters
+        kind, settings = type(given), {name: value for name, value in given.defaults.items() if name in taken}
+        name = kind.__name__
+    else:
+        try:
+            kind, settings = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(args)
+        except (ValueError, ImportError):
+            # It wants the model, or is not installed: Trainer will say so.
+            return
+        named = getattr(args.optim, "value", args.optim)
+        name = kind.__name__ if trainer.optimizer_cls_and_kwargs else f"optim={named!r}"
+    if keeps_means(kind, settings, args.device) is False:
+        raise no_means_of_shards(name)
 
 
 def predicts_next(model: nn.Module) -> bool:

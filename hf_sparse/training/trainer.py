@@ -33,6 +33,7 @@ from hf_sparse.training.support import (
     predicts_next,
     refuse_unsupported_engine,
     refuse_unsupported_model,
+    refuse_unsupported_optimizer,
 )
 
 
@@ -97,6 +98,7 @@ class SparseDistillTrainer(ResumingTrainer):
         self._shifted, self._task_unit = predicts_next(model), task_unit(model)
         self.engine = Engine(self.accelerator, model)
         self.engine.check_targets(self.pruner.masks.targets)
+        refuse_unsupported_optimizer(self)
         self.distiller = Distiller(model, self.args, self._given_teacher, self.engine)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:

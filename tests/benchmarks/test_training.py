@@ -99,6 +99,7 @@ def test_memory_counts_masks_and_coefficients(models: Any) -> None:
     found = peak_memory(BY_NAME["logits, masks, penalty"], *models, ARGS)
     blocks = 2 * (4 * 32 * 32 + 2 * 32 * 64) // 8
     assert found["blocks"] == blocks and found["coef_bytes"] == 4 * blocks
+    assert found["mask_bytes"] == blocks // 8
     assert found["peak_bytes"] > 0
 
 

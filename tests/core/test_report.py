@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hf_sparse import compress, report
+from hf_sparse.core.bits import Bitmap
 from hf_sparse.core.packing import FormatError
 from hf_sparse.core.report import SparsityReport
 from tests.inference import damage, models
@@ -69,7 +70,7 @@ def test_dense_models_count_their_zeros(tmp_path: Path) -> None:
 
 def test_masks_of_a_model_in_training_give_the_blocks() -> None:
     model, masks = models.pruned("bert")
-    model.get_submodule(LAYER).block_mask = masks[LAYER]
+    model.get_submodule(LAYER).block_mask = Bitmap(masks[LAYER])
     layer = next(layer for layer in report(model).layers if layer.name == LAYER)
     assert (layer.block_shape, layer.kept_blocks) == ((4, 1), int(masks[LAYER].sum()))
 

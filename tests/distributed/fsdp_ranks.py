@@ -1,12 +1,10 @@
 """What ranks do together under FSDP2: runs under a launcher, and leaves what each rank saw in a folder.
 
-Started by test_fsdp.py, which holds the assertions. The blocks are 16 rows high, the shards 8 rows of a weight (4 on
-four ranks): no shard of an attention weight holds a whole block.
+Started by test_fsdp.py, which holds the assertions. No shard of an attention weight holds a whole block.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,29 +14,33 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from hf_sparse import SparseDistillTrainer
 from hf_sparse.training.distributed.shards import parts_of_shard
 from tests.distributed.cpu_fsdp import fsdp_on_cpu
+from tests.distributed.fsdp_settings import BLOCKS, RANKS, RUN, SPLIT, fsdp2
 from tests.distributed.traffic import counted
 from tests.mixtures import mixture
 from tests.training.scenarios import everything_on, set_quiet
-from tests.training.tiny import CHECKPOINTING, Watch, bert, gradients_of, make_trainer, rows, weights_of
+from tests.training.tiny import (
+    CHECKPOINTING,
+    Watch,
+    bert,
+    gradients_of,
+    make_trainer,
+    pad,
+    rows,
+    sparse_config,
+    weights_of,
+)
 
-BLOCKS = {"block_height": 16, "block_width": 2}
-SHARDED = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}}
-FULL = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT"}}
-RUN = {
-    **BLOCKS, "max_steps": 6, "sparsity": 0.6, "sparsity_end": 0.7, "mask_updates": 2, "penalty_weight": 1e-3,
-    "hidden_weight": 0.3, "weight_decay": 0.1, "max_grad_norm": 0.5,
-}  # fmt: skip
+SHARDED, FULL = fsdp2(), fsdp2("FULL_STATE_DICT")
 # Masks are chosen before steps 1 and 3, coefficients before steps 0 and 1, the penalty acts up to step 2.
 TRAFFIC = {
     **BLOCKS, "max_steps": 5, "sparsity": 0.5, "sparsity_end": 0.6, "mask_updates": 2, "penalty_weight": 1e-3,
     "penalty_reweights": 2, "hidden_weight": 0.3, "graft_start": 0.5, "graft_end": 0.9,
 }  # fmt: skip
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
-RANKS = int(os.environ.get("WORLD_SIZE", "1"))
 STOPS = (1, 3, 5) if RANKS == 2 else (3,)
-SPLIT = {"per_device_train_batch_size": 8 // RANKS}
 
 
 def setting(folder: Path) -> dict[str, Any]:
@@ -144,7 +146,7 @@ def saving(folder: Path) -> dict[str, Any]:
 def options(folder: Path) -> dict[str, Any]:
     """Mixed precision, activation checkpointing of FSDP and of the model, loading on one rank alone."""
     seen: dict[str, Any] = {}
-    checkpointing = {"fsdp": True, "fsdp_config": {**SHARDED["fsdp_config"], "activation_checkpointing": True}}
+    checkpointing = fsdp2(activation_checkpointing=True)
     for name, changes in {
         "plain": SHARDED, "bf16": {**SHARDED, "bf16": True}, "checkpointing": checkpointing,
         "checkpointing_of_model": {**SHARDED, CHECKPOINTING: True},
@@ -156,7 +158,7 @@ def options(folder: Path) -> dict[str, Any]:
         dist.barrier()
     # Where a checkpoint is loaded on one rank alone, the others hold anything.
     model = bert(seed=dist.get_rank())
-    fsdp = {"fsdp": True, "fsdp_config": {**SHARDED["fsdp_config"], "cpu_ram_efficient_loading": True}}
+    fsdp = fsdp2(cpu_ram_efficient_loading=True)
     trainer = make_trainer(model, folder / "efficient", rows("classes", 16), **RUN, **SPLIT, **fsdp)
     trainer.train()
     seen["efficient"] = weights_of(trainer.student)
@@ -178,7 +180,7 @@ def traffic(folder: Path) -> dict[str, Any]:
     return seen
 
 
-def refusals(folder: Path) -> dict[str, str]:
+def refusals(folder: Path) -> dict[str, Any]:
     """What is said to runs that end off target, and to FSDP1."""
     trainer = make_trainer(bert(), folder, rows("classes", 8), **{**RUN, "max_steps": 8}, **SPLIT, **SHARDED)
 
@@ -186,7 +188,7 @@ def refusals(folder: Path) -> dict[str, str]:
         trainer.control.should_training_stop = state.global_step == 2
 
     trainer.add_callback(Watch(on_step_end=stop))
-    seen = {"off_target": "", "late_teacher": "", "projections": ""}
+    seen: dict[str, Any] = {"off_target": "", "late_teacher": "", "projections": ""}
     try:
         trainer.train()
     except RuntimeError as error:
@@ -197,11 +199,7 @@ def refusals(folder: Path) -> dict[str, str]:
         )
     except ValueError as error:
         seen["projections"] = str(error)
-    try:
-        changes = {"importance": "fisher", "optim": "sgd"}
-        make_trainer(bert(), folder, rows("classes", 8), **{**RUN, **changes}, **SPLIT, **SHARDED).train()
-    except ValueError as error:
-        seen["fisher"] = str(error)
+    seen["fisher"] = fisher_refusals(folder)
     trainer.distiller.teacher = None
     try:
         trainer.train()
@@ -227,6 +225,41 @@ def mixture_of_experts(folder: Path) -> dict[str, Any]:
         "local": {name: tuple(p.to_local().shape) for name, p in experts.items()}, "refused": refused,
         "masks": trainer.pruner.masks.state_dict(), "weights": weights_of(trainer.student), "run": run,
     }  # fmt: skip
+
+
+def fisher_refusals(folder: Path) -> dict[str, tuple[str, bool, int]]:
+    """When and how optimizers are refused that keep no second moments, in every way in which one can be given."""
+    seen, made, stepped = {}, [False], [0]
+
+    class Own(SparseDistillTrainer):
+        def create_optimizer(self, *args: Any) -> Any:
+            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+            return self.optimizer
+
+    class WantsMore(torch.optim.SGD):
+        def __init__(self, params: Any, lr: float = 0.1) -> None:
+            params = list(params)
+            assert len(params) > 1, "more than the one weight with which optimizers are tried"
+            super().__init__(params, lr)
+
+    for name, kind, changes, extra in (
+        ("named", SparseDistillTrainer, {"optim": "sgd"}, {}),
+        ("class", SparseDistillTrainer, {}, {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1})}),
+        ("own", Own, {}, {}),
+        ("untried", SparseDistillTrainer, {}, {"optimizer_cls_and_kwargs": (WantsMore, {})}),
+        ("unneeded", SparseDistillTrainer, {"optim": "sgd", "sparsity": 0.0}, {}),
+    ):
+        made[0], stepped[0] = False, 0
+        config = sparse_config(folder, **{**RUN, "importance": "fisher", **changes}, **SPLIT, **SHARDED)
+        try:
+            trainer: Any = kind(bert(), config, data_collator=pad, train_dataset=rows("classes", 8), **extra)
+            made[0] = True
+            trainer.add_callback(Watch(on_step_begin=lambda state: stepped.__setitem__(0, state.global_step + 1)))
+            trainer.train()
+            seen[name] = "", made[0], stepped[0]
+        except ValueError as error:
+            seen[name] = str(error), made[0], stepped[0]
+    return seen
 
 
 SCENARIOS = {

@@ -25,11 +25,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def launch(script: Path, ranks: int, folder: Path) -> None:
+def launch(script: Path, ranks: int, *arguments: Path | str) -> None:
     """Run a script as ranks on this machine, and end all of them whatever happens."""
     command = [
         sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-addr=127.0.0.1",
-        f"--master-port={free_port()}", str(script), str(folder),
+        f"--master-port={free_port()}", str(script), *map(str, arguments),
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
                    "TORCH_CPP_LOG_LEVEL": "ERROR"}  # fmt: skip
@@ -46,12 +46,17 @@ def launch(script: Path, ranks: int, folder: Path) -> None:
 
 
 def launched_once(
-    script: str, ranks: int, tmp_path_factory: pytest.TempPathFactory
+    script: str, ranks: int, tmp_path_factory: pytest.TempPathFactory, after: Path | None = None
 ) -> tuple[Path, list[dict[str, Any]]]:
-    """Launch a script of this folder, and give its folder and what each rank saved there as rank-N.pt."""
+    """Launch a script of this folder, and give its folder and what each rank saved there as rank-N.pt.
+
+    With `after`, the folder of another launch, the script gets that one as well.
+    """
     base = tmp_path_factory.getbasetemp()
     # Workers of pytest-xdist share the folder above: the first to come launches, the others wait for it.
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"{script}-{ranks}"
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / (
+        f"{script}-{ranks}" + (f"-after-{after.name}" if after else "")
+    )
     try:
         folder.mkdir()
     except FileExistsError:
@@ -60,7 +65,7 @@ def launched_once(
             time.sleep(0.2)
     else:
         try:
-            launch(HERE / script, ranks, folder)
+            launch(HERE / script, ranks, folder, *([after] if after else []))
         finally:
             (folder / "ended").touch()
     return folder, [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(ranks)]

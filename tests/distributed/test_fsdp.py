@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_sparse import load_dense
 from hf_sparse.training.distributed.shards import parts_of_shard
-from tests.distributed import fsdp_ranks
+from tests.distributed.fsdp_settings import RUN
 from tests.distributed.launching import launched_once
 from tests.mixtures import mixture
 from tests.training.scenarios import everything_on
@@ -79,7 +79,7 @@ def test_gradients_masks_and_logs_are_those_of_one_rank(
 
 @pytest.mark.parametrize("name", ["loss", "proximal", "activation", "fisher", "global", "grafted"])
 def test_whole_runs_end_as_on_one_rank(two: Any, tmp_path: Path, name: str) -> None:
-    run = {**fsdp_ranks.RUN, **two[1][0]["whole_runs"][name]["changes"]}
+    run = {**RUN, **two[1][0]["whole_runs"][name]["changes"]}
     alone = make_trainer(bert(), tmp_path, rows("classes", 32), **run)
     alone.train()
     for seen in two[1]:
@@ -170,8 +170,24 @@ def test_what_cannot_be_right_is_refused_on_every_rank(two: Any) -> None:
     for seen in two[1]:
         assert "ended off target" in seen["refusals"]["off_target"]
         assert "which FSDP2 does not shard. Launch with DDP" in seen["refusals"]["projections"]
-        assert "importance='fisher' under FSDP2 reads the second moments" in seen["refusals"]["fisher"]
         assert "sharded before a teacher could be copied" in seen["refusals"]["late_teacher"]
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer", "made", "stepped"),
+    # Known when the trainer is made, when training begins, or only once it has been tried.
+    [("named", "optim='sgd'", False, 0), ("class", "SGD", False, 0), ("own", "SGD", True, 0),
+     ("untried", "WantsMore", True, 1)],
+)  # fmt: skip
+def test_fisher_information_without_second_moments_is_refused_as_early_as_it_is_known(
+    two: Any, name: str, optimizer: str, made: bool, stepped: int
+) -> None:
+    for seen in two[1]:
+        error, *when = seen["refusals"]["fisher"][name]
+        assert f"importance='fisher' under FSDP2 reads the second moments that Adam keeps, and {optimizer} " in error
+        assert "use optim='adamw_torch', importance='magnitude' or 'activation', or DDP" in error
+        assert when == [made, stepped]
+        assert seen["refusals"]["fisher"]["unneeded"] == ("", True, RUN["max_steps"])
 
 
 @pytest.mark.parametrize("size", [(12, 6), (10, 4), (1, 9)])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import ParallelismConfig
 from torch import nn
 from transformers import TrainingArguments
 
@@ -174,6 +175,16 @@ def test_a_teacher_that_no_setting_uses_is_not_held_and_it_is_said(
         ({}, {"ACCELERATE_USE_FSDP": "true"}, r"FSDP version 1 is not supported"),
         ({}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, r"FSDP version 1 is not supported"),
         ({}, {"ACCELERATE_USE_DEEPSPEED": "true"}, r"deepspeed.* is not supported"),
+        (
+            {"parallelism_config": ParallelismConfig(tp_size=2)},
+            {},
+            r"parallelism_config with tp_size=2 is not supported: .*dp_shard_size",
+        ),
+        (
+            {},
+            {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_CP_SIZE": "4"},
+            r"parallelism_config with cp_size=4 is not supported",
+        ),
     ],
 )
 def test_engines_that_shard_weights(

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from hf_sparse import BlockSparseLinear, load_dense, report
+from hf_sparse.core.bits import Bitmap
 from hf_sparse.core.blocks import block_norms
 from hf_sparse.training.checkpoints.saving import copy_to_cpu, save_final
 from tests.training.tiny import Watch, bert, make_trainer, pad, rows, weights_of
@@ -189,7 +190,7 @@ def test_a_folder_of_the_user_named_like_a_checkpoint_is_a_final_save(tmp_path: 
 def test_tied_weights_stay_tied_in_the_copy_that_is_saved() -> None:
     torch.manual_seed(0)
     model = bert(kind="MaskedLM")
-    model.bert.encoder.layer[0].output.dense.block_mask = torch.ones(4, 32, dtype=torch.bool)
+    model.bert.encoder.layer[0].output.dense.block_mask = Bitmap(torch.ones(4, 32, dtype=torch.bool))
     copied = copy_to_cpu(model)
     assert copied.cls.predictions.decoder.weight is copied.bert.embeddings.word_embeddings.weight
     assert copied.bert.embeddings.word_embeddings.weight is not model.bert.embeddings.word_embeddings.weight

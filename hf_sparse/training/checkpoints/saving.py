@@ -76,11 +76,8 @@ def copy_to_cpu(model: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("cpu", copy=True), parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.detach().to("cpu", copy=True)
-    for module in model.modules():
-        # The masks travel beside the copy; a copied attribute would only be dead weight.
-        if (mask := module.__dict__.get("block_mask")) is not None:
-            memo[id(mask)] = None
     copied = copy.deepcopy(model, memo)
     for module in copied.modules():
+        # The masks travel beside the copy.
         module.__dict__.pop("block_mask", None)
     return copied

@@ -116,9 +116,6 @@ def skeleton_of(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
-    for module in model.modules():
-        if (mask := module.__dict__.get("block_mask")) is not None:
-            memo[id(mask)] = None
     skeleton = copy.deepcopy(model, memo)
     for module in skeleton.modules():
         module.__dict__.pop("block_mask", None)

@@ -31,40 +31,39 @@ def broadcast_from_rank_0_(tensors: Mapping[str, Tensor]) -> None:
     """Overwrite each tensor, in place, by rank 0's, all in one message. Does nothing with one rank.
 
     Args:
-        tensors: of one dtype and device; bool travels as one bit per element.
+        tensors: of one dtype and device.
     """
     if world_size() == 1 or not tensors:
         return
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
-    message = on_wire(pack_bits(flat) if flat.dtype == torch.bool else flat)
+    message = on_wire(flat)
     dist.broadcast(message, src=0)
-    message = message.to(flat.device)
-    received = unpack_bits(message, flat.numel()) if flat.dtype == torch.bool else message
+    received = message.to(flat.device)
     for tensor, part in zip(tensors.values(), received.split([t.numel() for t in tensors.values()]), strict=True):
         tensor.copy_(part.view_as(tensor))
 
 
 @torch.no_grad()
-def check_agreement(masks: Mapping[str, Tensor], when: str) -> None:
+def check_agreement(bits: Mapping[str, Tensor], when: str) -> None:
     """Refuse to go on if masks are not the same on all ranks. Waits for the device; does nothing with one rank.
 
     Each rank hashes its masks, 8 bytes per layer, and all ranks compare the hashes in one all-reduce.
 
     Args:
-        masks: {name: [R, C] bool}, the same names in the same order on all ranks.
+        bits: {name: packed mask, uint8}, the same names in the same order on all ranks.
         when: for the message: "after the mask update of step 3".
 
     Raises:
         RuntimeError: on every rank, naming the first layer that differs.
     """
-    if world_size() == 1 or not masks:
+    if world_size() == 1 or not bits:
         return
-    hashes = torch.stack([hash_of_mask(mask) for mask in masks.values()])
+    hashes = torch.stack([hash_of_bytes(packed) for packed in bits.values()])
     # The largest hash and the largest complement: the ranks agree where the one is the complement of the other.
     extremes = on_wire(torch.stack([hashes, ~hashes]))
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
     largest, smallest = extremes[0], ~extremes[1]
-    differing = [name for name, differs in zip(masks, largest.ne(smallest).tolist(), strict=True) if differs]
+    differing = [name for name, differs in zip(bits, largest.ne(smallest).tolist(), strict=True) if differs]
     if differing:
         raise RuntimeError(
             f"the masks of {differing[0]} are not the same on all {world_size()} ranks {when}"
@@ -74,41 +73,22 @@ def check_agreement(masks: Mapping[str, Tensor], when: str) -> None:
         )
 
 
-def hash_of_mask(mask: Tensor) -> Tensor:
-    """Hash a mask to 64 bits on its own device: the sum of a mixed number per kept block, modulo 2^64.
+def hash_of_bytes(packed: Tensor) -> Tensor:
+    """Hash bytes to 64 bits on their own device: the sum of a mixed number per byte and place, modulo 2^64.
+
+    Two that differ in a single byte never hash alike, because the mixing is one to one.
 
     Args:
-        mask: [R, C] bool.
+        packed: [n] uint8.
 
     Returns:
         A scalar, int64.
     """
-    mixed = torch.arange(1, mask.numel() + 1, device=mask.device)
-    for multiplier, shift in zip(_MIX, (30, 27), strict=True):
-        mixed = (mixed ^ (mixed >> shift)) * multiplier
-    return ((mixed ^ (mixed >> 31)) * mask.reshape(-1)).sum()
-
-
-def pack_bits(flat: Tensor) -> Tensor:
-    """Pack booleans into bytes, least significant bit first.
-
-    Example:
-        >>> pack_bits(torch.tensor([True, False, True]))
-        tensor([5], dtype=torch.uint8)
-    """
-    padded = torch.nn.functional.pad(flat.to(torch.uint8), (0, -len(flat) % 8)).view(-1, 8)
-    return (padded << torch.arange(8, dtype=torch.uint8, device=flat.device)).sum(1, dtype=torch.uint8)
-
-
-def unpack_bits(packed: Tensor, count: int) -> Tensor:
-    """Undo `pack_bits` for `count` booleans.
-
-    Example:
-        >>> unpack_bits(torch.tensor([5], dtype=torch.uint8), 3)
-        tensor([ True, False,  True])
-    """
-    bits = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    return ((packed[:, None] >> bits) & 1).bool().reshape(-1)[:count]
+    mixed = torch.arange(1, len(packed) + 1, device=packed.device) * 256 + packed
+    for multiplier, shift in zip((*_MIX, 1), (30, 27, 31), strict=True):
+        # The mask turns the shift of a signed number into one that fills up with zeros.
+        mixed = (mixed ^ ((mixed >> shift) & (2 ** (64 - shift) - 1))) * multiplier
+    return mixed.sum()
 
 
 def on_wire(tensor: Tensor) -> Tensor:

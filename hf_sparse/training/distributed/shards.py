@@ -178,9 +178,10 @@ def pruned_are_zero(
     """Tell whether every pruned block of every weight is exactly zero, on all ranks. Waits for the device."""
     bad = 0
     for name, weight in weights.items():
-        local, offset = _local(weight)
+        (local, offset), mask = _local(weight), masks[name]
+        mask = mask.to(local.device)
         for part in parts_of_shard(offset, (local.shape[0], local.shape[1]), shapes[name]):
-            pruned = ~masks[name].to(local.device)[part.grid_rows, part.grid_cols]
+            pruned = ~mask[part.grid_rows, part.grid_cols]
             bad += int(to_blocks(local[part.rows, part.cols], part.shape)[pruned].ne(0).any())
     return not int(sum_over_ranks(torch.tensor(bad)))
 

@@ -1,7 +1,8 @@
 """Which blocks are kept: chosen from scores, applied to the weights, held at zero, written to checkpoints.
 
-The masks live beside the model, not in its state_dict: checkpoints keep the keys of the dense model. Each target also
-carries its mask as the plain attribute `block_mask`, which `report` reads.
+The masks live beside the model, not in its state_dict: checkpoints keep the keys of the dense model. At rest a mask
+takes one bit per block; it is spread out where it is used. Each target also carries its mask as the plain attribute
+`block_mask`, a `core.bits.Bitmap`, which `report` reads.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from hf_sparse.core.bits import Bitmap, Masks, masks_as_factors, pack_bits
 from hf_sparse.core.blocks import BlockShape, grid_shape
 from hf_sparse.core.experts import Prunable
 from hf_sparse.core.targets import assign_block_shapes, find_targets, grad_view, weight_view
@@ -54,16 +56,32 @@ class BlockMasks:
             block_shapes = assign_block_shapes(self.targets, block_shapes)
         self.block_shapes = {name: block_shapes[name] for name in self.targets}
         self.scope = scope
-        self.masks: dict[str, Tensor] = {}
+        self._bitmaps: dict[str, Bitmap] = {}
         self.started = False
         for name, weight in self.weights():
             grid = grid_shape((weight.shape[0], weight.shape[1]), self.block_shapes[name])
-            self._set(name, torch.ones(grid, dtype=torch.bool, device=weight.device))
+            self._bitmaps[name] = Bitmap(torch.ones(grid, dtype=torch.bool, device=weight.device))
+            self.targets[name].block_mask = self._bitmaps[name]  # type: ignore[assignment]
 
     @classmethod
     def for_model(cls, model: nn.Module, block_shape: BlockShape, scope: str = "layer") -> BlockMasks:
         """Make masks for the default targets of a model: the linears inside its repeated layers."""
         return cls(find_targets(model), block_shape, scope)
+
+    @property
+    def masks(self) -> Mapping[str, Tensor]:
+        """{name: [R, C] bool, True = keep}, read-only: new tensors at each access. `load_state_dict` sets masks."""
+        return Masks(self._bitmaps)
+
+    @property
+    def bits(self) -> dict[str, Tensor]:
+        """{name: [ceil(R * C / 8)] uint8}: what is held of the masks, shared; `core.bits.Bitmap` tells the layout."""
+        return {name: bitmap.bits for name, bitmap in self._bitmaps.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the masks take: one bit per block, rounded up to whole bytes per layer."""
+        return sum(bits.nbytes for bits in self.bits.values())
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, weight [O, I]) of every target; whole or sharded, sharing memory with the module."""
@@ -87,10 +105,11 @@ class BlockMasks:
             ValueError: naming the layer, under scope "layer".
         """
         if self.scope == "layer":
-            for name, mask in self.masks.items():
-                if sparsity and _num_removed(mask.numel(), sparsity) == mask.numel():
+            for name, bitmap in self._bitmaps.items():
+                count = bitmap.num_blocks
+                if sparsity and _num_removed(count, sparsity) == count:
                     raise ValueError(
-                        f"sparsity={sparsity} would remove all of {name}: it has {mask.numel()} block(s) of shape "
+                        f"sparsity={sparsity} would remove all of {name}: it has {count} block(s) of shape "
                         f"{self.block_shapes[name]}. Use smaller blocks for it, or leave it out with exclude_modules."
                     )
 
@@ -111,7 +130,7 @@ class BlockMasks:
         ranked = {}
         scores = magnitudes(self.norms(), self.block_shapes) if scores is None else scores
         for name, weight in self.weights():
-            mask, score = self._mask_on(name, weight.device), scores[name]
+            mask, score = self._bitmaps[name].move(weight.device).mask(), scores[name]
             if score.shape != mask.shape:
                 raise ValueError(
                     f"the scores of {name} have shape {list(score.shape)}, its grid is {list(mask.shape)}."
@@ -122,24 +141,21 @@ class BlockMasks:
             name: _keep_highest(score, _num_removed(score.numel(), sparsity)) for name, score in ranked.items()
         }  # fmt: skip
         for name, kept in keep.items():
-            self.masks[name].logical_and_(kept.view_as(self.masks[name]))
+            self._bitmaps[name].bits.bitwise_and_(pack_bits(kept))
         self.started = self.started or sparsity > 0.0
 
     @torch.no_grad()
     def apply_(self) -> None:
         """Set the weights of pruned blocks to exactly zero, in place."""
         if self.started:
-            for name, weight in self.weights():
-                self._zero(weight, name)
+            self._zero(dict(self.weights()))
 
     @torch.no_grad()
     def apply_to_grads_(self) -> None:
         """Set the gradients of pruned blocks to zero, so that they neither move weights nor count in clipping."""
         if self.started:
-            for name, module in self.targets.items():
-                grad = grad_view(module)
-                if grad is not None:
-                    self._zero(grad, name)
+            grads = {name: grad_view(module) for name, module in self.targets.items()}
+            self._zero({name: grad for name, grad in grads.items() if grad is not None})
 
     def is_applied(self) -> bool:
         """Tell whether every pruned block is exactly zero. Waits for the device."""
@@ -160,7 +176,7 @@ class BlockMasks:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Give {name: bool mask [R, C]}, copied to the CPU."""
-        return {name: mask.cpu().clone() for name, mask in self.masks.items()}
+        return {name: mask.cpu() for name, mask in self.masks.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take masks from `state_dict` over.
@@ -168,17 +184,18 @@ class BlockMasks:
         Raises:
             ValueError: if the layers or a grid differ; the message names the first difference.
         """
-        if missing := sorted(set(self.masks) ^ set(state)):
-            where = "the saved masks" if missing[0] in self.masks else "this run's targets"
+        if missing := sorted(set(self._bitmaps) ^ set(state)):
+            where = "the saved masks" if missing[0] in self._bitmaps else "this run's targets"
             raise ValueError(f"{missing[0]} is not among {where}: the run was saved with other target layers.")
         for name, saved in state.items():
-            if saved.shape != self.masks[name].shape or saved.dtype != torch.bool:
+            bitmap = self._bitmaps[name]
+            if tuple(saved.shape) != bitmap.grid or saved.dtype != torch.bool:
                 raise ValueError(
                     f"the saved mask of {name} is {saved.dtype} of shape {list(saved.shape)}, this run needs "
-                    f"torch.bool of shape {list(self.masks[name].shape)}: the run was saved with another block shape."
+                    f"torch.bool of shape {list(bitmap.grid)}: the run was saved with another block shape."
                 )
         for name, saved in state.items():
-            self.masks[name].copy_(saved)
+            self._bitmaps[name].bits.copy_(pack_bits(saved.reshape(-1)))
         self.started = any(not bool(mask.all()) for mask in state.values())
 
     def _keep_globally(self, ranked: dict[str, Tensor], sparsity: float) -> dict[str, Tensor]:
@@ -199,17 +216,14 @@ class BlockMasks:
         h, w = self.block_shapes[name]
         return int((~self.masks[name]).sum()) * h * w
 
-    def _zero(self, tensor: Tensor, name: str) -> None:
-        scale_blocks_of_(tensor, self._mask_on(name, tensor.device), self.block_shapes[name])
-
-    def _mask_on(self, name: str, device: torch.device) -> Tensor:
-        if self.masks[name].device != device:
-            self._set(name, self.masks[name].to(device))
-        return self.masks[name]
-
-    def _set(self, name: str, mask: Tensor) -> None:
-        self.masks[name] = mask
-        self.targets[name].block_mask = mask
+    def _zero(self, tensors: Mapping[str, Tensor]) -> None:
+        # One kind, unless layers lie on several devices.
+        kinds: dict[tuple[torch.device, torch.dtype], dict[str, Bitmap]] = {}
+        for name, tensor in tensors.items():
+            kinds.setdefault((tensor.device, tensor.dtype), {})[name] = self._bitmaps[name].move(tensor.device)
+        for (_, dtype), bitmaps in kinds.items():
+            for name, factors in masks_as_factors(bitmaps, dtype):
+                scale_blocks_of_(tensors[name], factors, self.block_shapes[name])
 
 
 def _num_removed(num_blocks: int, sparsity: float) -> int:

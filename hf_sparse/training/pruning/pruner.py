@@ -91,11 +91,11 @@ class Pruner:
             self.coefs = {name: coef_of_norms(norm, epsilon) for name, norm in self.masks.norms().items()}
             broadcast_from_rank_0_(self.coefs)
         if plan.update_masks:
-            check_agreement(self.masks.masks, f"before the mask update of step {plan.step}")
+            check_agreement(self.masks.bits, f"before the mask update of step {plan.step}")
             scores = tie_scores(self._scores(measure, optimizer), self.parts)
             self.masks.choose(plan.sparsity, scores)
-            broadcast_from_rank_0_(self.masks.masks)
-            check_agreement(self.masks.masks, f"after the mask update of step {plan.step}")
+            broadcast_from_rank_0_(self.masks.bits)
+            check_agreement(self.masks.bits, f"after the mask update of step {plan.step}")
             self.masks.apply_()
 
     @torch.no_grad()
@@ -172,7 +172,7 @@ class Pruner:
             RuntimeError: saying what was reached.
         """
         reshard(self.model)
-        check_agreement(self.masks.masks, "at the end of training")
+        check_agreement(self.masks.bits, "at the end of training")
         diverged = [name for name, finite in all_finite(dict(self.masks.weights())).items() if not finite]
         if diverged:
             raise RuntimeError(

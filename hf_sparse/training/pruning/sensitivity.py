@@ -49,10 +49,7 @@ class SquaredGradients:
             if weight.grad is None or _kept_by(optimizer, weight) is not None:
                 continue
             if is_sharded(weight):
-                raise ValueError(
-                    "importance='fisher' under FSDP2 reads the second moments that Adam keeps, and this optimizer "
-                    "keeps none: use an Adam, DDP, or another importance."
-                )
+                raise no_means_of_shards(type(getattr(optimizer, "optimizer", optimizer)).__name__)
             square = weight.grad.float().square()
             old = self.own[name].to(square.device) if name in self.own else torch.zeros_like(square)
             # Without the factor (1 - DECAY), which is the same for all: only ratios matter.
@@ -85,6 +82,43 @@ class SquaredGradients:
             weight = cast(Tensor, self.targets[name].weight)
             found[name] = torch.ones((), device=weight.device) if average is None else average.to(weight.device)
         return {name: found[name] for name in self.targets}
+
+
+def keeps_means(optimizer_class: Any, settings: Mapping[str, Any], device: torch.device) -> bool | None:
+    """Find out whether an optimizer keeps the means itself, by letting it move a weight of its own.
+
+    Args:
+        optimizer_class: called with a list of one parameter and the settings.
+        settings: keyword arguments.
+        device: where it will work.
+
+    Returns:
+        Whether it does; None if it cannot be tried, because it wants a whole model or another device.
+
+    Example:
+        >>> [keeps_means(kind, {}, torch.device("cpu")) for kind in (torch.optim.AdamW, torch.optim.SGD)]
+        [True, False]
+    """
+    weight = nn.Parameter(torch.ones(2, 2, device=device))
+    weight.grad = torch.ones_like(weight)
+    try:
+        optimizer = optimizer_class([weight], **settings)
+        optimizer.step()
+    except Exception:  # noqa: BLE001 (optimizers of anybody: what this one wants is not known here)
+        return None
+    return _kept_by(optimizer, weight) is not None
+
+
+def no_means_of_shards(optimizer: str) -> ValueError:
+    """Say that an optimizer leaves Fisher information under FSDP2 without what it reads, and the ways out.
+
+    Args:
+        optimizer: its name.
+    """
+    return ValueError(
+        f"importance='fisher' under FSDP2 reads the second moments that Adam keeps, and {optimizer} keeps none: use "
+        f"optim='adamw_torch', importance='magnitude' or 'activation', or DDP."
+    )
 
 
 def _kept_by(optimizer: Any, weight: Tensor) -> Tensor | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_sparse import BlockMasks
+from hf_sparse.core import bits
 from hf_sparse.core.blocks import expand_mask
 from tests.training.tiny import bert
 
@@ -144,7 +145,60 @@ def test_for_model_takes_the_default_targets() -> None:
     masks.apply_()
     assert len(masks.targets) == 12
     assert masks.sparsity == 0.5
-    assert model.bert.encoder.layer[0].output.dense.block_mask is masks.masks["bert.encoder.layer.0.output.dense"]
+    name = "bert.encoder.layer.0.output.dense"
+    assert torch.equal(model.get_submodule(name).block_mask.mask(), masks.masks[name])
+
+
+def test_masks_take_one_bit_per_block() -> None:
+    model = bert()
+    masks = BlockMasks.for_model(model, (4, 1))
+    masks.choose(0.5)
+    masks.apply_()
+    # Everything that is held, found without the class's help: by itself and on the modules.
+    held = {id(t): t for t in tensors_in({k: v for k, v in vars(masks).items() if k != "targets"})}
+    held |= {id(t): t for module in masks.targets.values() for t in tensors_in(vars(module.block_mask))}
+    blocks = {name: weight.numel() // 4 for name, weight in masks.weights()}
+    assert sum(t.nbytes for t in held.values()) == masks.nbytes == sum(-(-count // 8) for count in blocks.values())
+    ragged = BlockMasks(linears(a=(3, 3), b=(5, 5)), (1, 1))
+    assert ragged.nbytes == 2 + 4
+
+
+def tensors_in(thing: Any) -> list[Tensor]:
+    if isinstance(thing, Tensor):
+        return [thing]
+    parts = thing.values() if isinstance(thing, dict) else thing if isinstance(thing, list | tuple) else ()
+    parts = [*parts, *vars(thing).values()] if hasattr(thing, "__dict__") else parts
+    return [tensor for part in parts for tensor in tensors_in(part)]
+
+
+def test_masks_are_a_read_only_mapping() -> None:
+    masks = BlockMasks(linears(a=(8, 4), b=(3, 5)), (1, 1))
+    masks.choose(0.5)
+    assert list(masks.masks) == ["a", "b"] and len(masks.masks) == 2 and "c" not in masks.masks
+    assert {name: (mask.dtype, mask.shape) for name, mask in masks.masks.items()} == {
+        "a": (torch.bool, (8, 4)), "b": (torch.bool, (3, 5)),
+    }  # fmt: skip
+    before = masks.state_dict()
+    masks.masks["a"].fill_(True)
+    assert torch.equal(masks.masks["a"], before["a"]), "a copy was written to"
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        masks.masks["a"] = torch.ones(8, 4, dtype=torch.bool)  # type: ignore[index]
+    with pytest.raises(KeyError):
+        masks.masks["c"]
+
+
+def test_many_layers_are_zeroed_in_several_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As large models do, some layers of which fit together and some do not.
+    monkeypatch.setattr(bits, "_TOGETHER", 100)
+    targets = linears(a=(8, 4), b=(3, 5), c=(20, 20), d=(7, 7), e=(5, 1))
+    targets["d"].double()
+    masks = BlockMasks(targets, (1, 1))
+    masks.choose(0.5)
+    before = {name: module.weight.detach().clone() for name, module in targets.items()}
+    masks.apply_()
+    for name, module in targets.items():
+        assert torch.equal(module.weight.detach(), before[name] * masks.masks[name])
+    assert masks.is_applied()
 
 
 def other(name: str, mask: Tensor) -> Any:
@@ -183,8 +237,9 @@ def test_a_budget_that_takes_a_whole_layer_is_refused_by_name() -> None:
 def test_off_target_names_the_layer() -> None:
     masks = BlockMasks(linears(a=(8, 4), b=(8, 4)), (1, 1))
     masks.choose(0.5)
-    masks.masks["b"][0, :4] = True
-    masks.masks["b"][1:3] = True
+    state = masks.state_dict()
+    state["b"][:3] = True
+    masks.load_state_dict(state)
     assert "b has lost" in str(masks.off_target(0.5))
     assert BlockMasks(linears(a=(8, 4)), (1, 1), "global").off_target(0.5) == "sparsity 0.0000 over all layers"
 
