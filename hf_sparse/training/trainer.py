@@ -157,7 +157,8 @@ class SparseDistillTrainer(ResumingTrainer):
     def _input_rms(self) -> dict[str, Tensor]:
         batches = [self._prepare_inputs(batch) for batch in self._micro_batches]
         with self.accelerator.autocast():
-            return input_rms(self.student, self.pruner.masks.targets, batches)
+            model = self.engine.runnable(self.student, self.model_wrapped)
+            return input_rms(model, self.pruner.masks.targets, batches)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """Create the learning-rate schedule, with its restart where `lr_restart` asks for one."""
@@ -175,7 +176,7 @@ class SparseDistillTrainer(ResumingTrainer):
             return (loss, outputs) if return_outputs else loss
         asked, student, device = self.distiller.asked_of_models(inputs), self.student, self.args.device
         with self.accelerator.autocast():
-            teacher_outputs = self.distiller.teacher_outputs(student, asked, device)
+            teacher_outputs = self.distiller.teacher_outputs(self.engine.runnable(student, model), asked, device)
         with self.distiller.grafted(student, self.plan, device):
             if self.args.task_weight:
                 # A copy, because Trainer takes the labels out where a label smoother or a loss function needs them.

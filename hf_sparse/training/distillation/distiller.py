@@ -24,7 +24,7 @@ from hf_sparse.training.distillation.teacher import (
     return_attention_maps,
     use_attention_of,
 )
-from hf_sparse.training.distributed import Engine, is_sharded_model
+from hf_sparse.training.distributed import Engine, is_sharded_model, uncompiled
 from hf_sparse.training.schedules import StepPlan, graft_draws
 
 logger = logging.getLogger(__name__)
@@ -162,5 +162,6 @@ class Distiller:
         if recorded and self.config.graft_start < 1.0 and self._hooked is not student:
             self._hooked = student
             student.eval()
-            student(**asked)
+            with uncompiled(student):
+                student(**asked)
             student.train()

@@ -1,6 +1,6 @@
 """The only door to torch.distributed: what ranks have to agree on, and weights of which each rank holds a part."""
 
-from hf_sparse.training.distributed.engine import Engine, is_sharded_model, plain_class
+from hf_sparse.training.distributed.engine import Engine, is_sharded_model, plain_class, uncompiled
 from hf_sparse.training.distributed.ranks import broadcast_from_rank_0_, check_agreement, sum_over_ranks, world_size
 from hf_sparse.training.distributed.shards import (
     add_scaled_blocks_,
@@ -26,5 +26,6 @@ __all__ = [
     "reshard",
     "scale_blocks_of_",
     "sum_over_ranks",
+    "uncompiled",
     "world_size",
 ]

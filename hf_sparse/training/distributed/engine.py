@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping
 from typing import Any
@@ -65,6 +66,13 @@ class Engine:
         """Fill a teacher on the ranks on which accelerate loads no weights."""
         if self.is_sharded and self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
             take_values_of_rank_0_(teacher)
+
+    def runnable(self, student: nn.Module, wrapped: nn.Module) -> nn.Module:
+        """Give the module whose forward runs the student where the training loop does not: mostly the student itself.
+
+        Where a compiler's module was sharded, nothing but that one gathers all weights.
+        """
+        return wrapped if self.is_sharded and not isinstance(student, FSDPModule) else student
 
     def whole(self, model: nn.Module, keep: bool) -> nn.Module | None:
         """Give the student whole: itself, or gathered on the CPU where it is sharded. Call it on all ranks.
@@ -160,9 +168,16 @@ def gather(model: nn.Module, skeleton: nn.Module, keep: bool) -> nn.Module | Non
     return result.train(model.training)
 
 
+def uncompiled(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Let a compiler's module run what it was made from, for as long as the context lasts."""
+    compiled = hasattr(model, "_orig_mod")
+    return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+
+
 def is_sharded_model(model: nn.Module) -> bool:
     """Tell whether a model has been sharded by FSDP2."""
-    return isinstance(model, FSDPModule)
+    # Where a compiler's module was sharded, the model inside is none of FSDP's, though its weights are.
+    return isinstance(model, FSDPModule) or any(isinstance(weight, DTensor) for weight in model.parameters())
 
 
 def plain_class(module: nn.Module) -> type:

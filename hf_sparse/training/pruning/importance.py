@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_sparse.core.blocks import BlockShape, block_norms
 from hf_sparse.core.experts import ExpertsWeight, Prunable
 from hf_sparse.core.targets import weight_view
-from hf_sparse.training.distributed import sum_over_ranks
+from hf_sparse.training.distributed import sum_over_ranks, uncompiled
 
 
 def magnitude(weight: Tensor, block_shape: BlockShape) -> Tensor:
@@ -119,7 +119,7 @@ def input_rms(
     model.eval()
     try:
         for batch in micro_batches:
-            with _watching(targets, partial(add, batch.get("attention_mask"))):
+            with _watching(targets, partial(add, batch.get("attention_mask"))), uncompiled(model):
                 model(**batch)
     finally:
         model.train(was_training)

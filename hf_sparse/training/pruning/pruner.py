@@ -122,7 +122,7 @@ class Pruner:
                 grad = cast(Tensor, grad_view(module))
             factors = gradient_factors(norm, coef)
             if gradient_scale is not None:
-                factors = factors * gradient_scale
+                factors = factors * gradient_scale.to(factors.device)
             shape = self.masks.block_shapes[name]
             add_scaled_blocks_(grad, weight_view(module), factors, shape, plan.penalty_weight)
         return torch.stack(values).sum()
@@ -160,7 +160,7 @@ class Pruner:
                 values.append(lasso_of_norms(norm, coef))
                 factors = shrink_factors(norm, coef, threshold)
                 if moved is not None:
-                    factors = torch.where(moved, factors, 1.0)
+                    factors = torch.where(moved.to(factors.device), factors, 1.0)
                 scale_blocks_of_(weight_view(module), factors, self.masks.block_shapes[name])
         self.masks.apply_()
         return torch.stack(values).sum() if values else None
