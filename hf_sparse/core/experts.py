@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from hf_sparse.core.bits import Bitmap
 from hf_sparse.core.formats import MASK_SUFFIX

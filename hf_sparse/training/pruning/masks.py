@@ -61,7 +61,7 @@ class BlockMasks:
         for name, weight in self.weights():
             grid = grid_shape((weight.shape[0], weight.shape[1]), self.block_shapes[name])
             self._bitmaps[name] = Bitmap(torch.ones(grid, dtype=torch.bool, device=weight.device))
-            self.targets[name].block_mask = self._bitmaps[name]  # type: ignore[assignment]
+            self.targets[name].block_mask = self._bitmaps[name]
 
     @classmethod
     def for_model(cls, model: nn.Module, block_shape: BlockShape, scope: str = "layer") -> BlockMasks:

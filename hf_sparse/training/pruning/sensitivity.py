@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_sparse.core.experts import Prunable
 from hf_sparse.core.targets import oriented
