@@ -26,9 +26,10 @@ def crop(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Cut units that died in every layer out of a pruned model, for good. Any engine gains; loads without hf_sparse.
+    """Cut dead units out of a pruned model for good, and dead heads where its config counts them. Any engine gains.
 
-    The copy is dense and gives the same outputs up to rounding: what dead units still gave is folded into biases.
+    The copy is dense, loads without hf_sparse, and gives the same outputs up to rounding: what the dead still gave is
+    folded into biases. All layers stay as large as the one that needs most, since a config holds one size for them.
     """
     check_folders(src, dst, force)
     if multiple < 1:
@@ -86,11 +87,14 @@ def export(
     Pruned blocks become zeros, which those engines do not skip; what died as a whole is cut away.
     """
     check_folders(src, dst, force)
+    from hf_sparse.inference.exits.export import FILES
     from hf_sparse.inference.exits.export import export as export_model
 
     errors = export_model(load_model(src), dst, to=to, crop=crop)
-    copy_others(src, dst, _LEFT_OUT)
-    files = {file.name: file.stat().st_size for file in sorted(Path(dst).iterdir()) if file.is_file()}
+    copied = copy_others(src, dst, (*_LEFT_OUT, *FILES[to]), overwrite=True)
+    # Those of an earlier export of another form or model, which may lie there, were not checked now.
+    written = sorted({"config.json", *FILES[to], *copied})
+    files = {name: (dst / name).stat().st_size for name in written}
     if as_json:
         print_json({"path": str(dst), "to": to, "largest_difference": errors, "files": files})
     else:

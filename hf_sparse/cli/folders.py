@@ -68,14 +68,20 @@ def write_folder(convert: Callable[[Path], None], src: Path, dst: Path, save_for
         return report(staging)
 
 
-def copy_others(src: Path, dst: Path, left_out: Sequence[str] = (), target: Path | None = None) -> None:
+def copy_others(
+    src: Path, dst: Path, left_out: Sequence[str] = (), target: Path | None = None, overwrite: bool = False
+) -> list[str]:
     """Copy what lies beside the weights of a model, with the folders it is in: no weights, no state of training.
 
     Args:
         src: folder of the model.
-        dst: folder to copy to, which may lie in the other one; what is there already stays.
+        dst: folder to copy to, which may lie in the other one.
         left_out: patterns of further paths that are not copied.
         target: where `dst` will end up; None = where it is.
+        overwrite: whether a file that is there already is replaced.
+
+    Returns:
+        The paths of what was copied, inside both folders.
     """
     from hf_sparse.hub.push import TRAINING_STATE, WEIGHT_FILES
 
@@ -83,14 +89,17 @@ def copy_others(src: Path, dst: Path, left_out: Sequence[str] = (), target: Path
     # What is being written, staging folder included, is no part of the source.
     written = (dst if target is None else target).resolve()
     inside = src.resolve() in written.parents
+    copied = []
     for file in sorted(path for path in src.rglob("*") if path.is_file()):
         if inside and written in file.resolve().parents:
             continue
         name = file.relative_to(src)
         wanted = not any(fnmatch.fnmatch(name.as_posix(), pattern) for pattern in patterns)
-        if wanted and not (dst / name).exists():
+        if wanted and (overwrite or not (dst / name).exists()):
             (dst / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(file, dst / name)
+            copied.append(name.as_posix())
+    return copied
 
 
 def _update_card(src: Path, staging: Path, save_format: SaveFormat) -> None:

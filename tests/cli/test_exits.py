@@ -147,7 +147,7 @@ def test_export(cli: Callable[..., Done], half_dead: Path, tmp_path: Path) -> No
     assert done.code == 0, done.err
     told = json.loads(done.out)
     assert told["to"] == "onnx" and told["largest_difference"]["logits"] < 1e-5
-    assert set(told["files"]) == {"config.json", "model.onnx", "vocab.txt"}
+    assert set(told["files"]) == {"config.json", "model.onnx", "vocab.txt", "1_Pooling/config.json"}
     # What makes it a model of sentence-transformers comes along.
     assert (tmp_path / "onnx" / "1_Pooling" / "config.json").is_file()
     session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"))
@@ -160,6 +160,18 @@ def test_export(cli: Callable[..., Done], half_dead: Path, tmp_path: Path) -> No
     assert zeros.code == 0 and "checked: logits within" in zeros.out
     sizes = [(tmp_path / name / "model.onnx").stat().st_size for name in ("onnx", "zeros")]
     assert sizes[0] < sizes[1]
+
+
+def test_an_export_replaces_an_earlier_one_and_tells_of_itself_alone(
+    cli: Callable[..., Done], small: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert cli("export", small, out, "--to", "torch").code == 0
+    (out / "model.onnx").write_bytes(b"of another model")
+    (small / "vocab.txt").write_text("d e f")
+    told = json.loads(cli("export", small, out, "--to", "torch", "--force", "--json").out)
+    assert set(told["files"]) == {"config.json", "model.pt2", "vocab.txt", "1_Pooling/config.json"}
+    assert (out / "vocab.txt").read_text() == "d e f"
 
 
 def test_export_refuses(cli: Callable[..., Done], small: Path, tmp_path: Path) -> None:

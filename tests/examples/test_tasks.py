@@ -163,12 +163,20 @@ def test_a_run_whose_dense_model_is_gone_says_so(tmp_path: Path) -> None:
         run_ner.main(["--smoke", *QUIET, "--output_dir", str(tmp_path / "out")])
 
 
-def test_rows_that_would_be_read_wrongly_are_refused(tmp_path: Path) -> None:
+def test_rows_that_would_be_read_wrongly_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = Dataset.from_dict({"w": [["a"], ["a", "b"]], "y": [["X"], ["X"]]})
     with pytest.raises(ValueError, match="row 1 of the dev data has 2 words and 1 tags: give one each"):
         run_ner.check_tags("dev", rows, "w", "y", {"X": 0})
     with pytest.raises(ValueError, match=r"the dev data holds the tag 'X', which is none of \['Y'\]"):
         run_ner.check_tags("dev", rows, "w", "y", {"Y": 0})
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"id": "0", "context": "a", "query": "b", "answers": []}))
+    qa = ["--smoke", *QUIET, f"--train_file={tmp_path / 'rows.jsonl'}", "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match=r"the train data has no column 'question', only \['id', 'context', 'query'"):
+        run_qa.main(qa)
+    monkeypatch.setattr(BertTokenizer, "is_fast", False)
+    with pytest.raises(ValueError, match="has no fast tokenizer, which alone tells where in the text its tokens are"):
+        run_qa.main(["--smoke", *QUIET, "--output_dir", str(tmp_path / "out")])
+    monkeypatch.undo()
     given = tiny_tasks.images(tmp_path)
     (tmp_path / "validation" / "left").rename(tmp_path / "validation" / "behind")
     with pytest.raises(ValueError, match=r"the validation data has the class 'behind', which is none of \['left', 'r"):
