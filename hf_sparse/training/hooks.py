@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from hf_sparse.training.overrides import refuse_bypassed_methods, refuse_unsupported_steps
 from hf_sparse.training.support import refuse_unsupported_optimizer
 
 if TYPE_CHECKING:
@@ -19,13 +20,18 @@ class StepHooks(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Once the number of steps is known, and the optimizer where `create_optimizer` is the user's own."""
+        """Once the number of steps is known, and the optimizer made."""
+        refuse_unsupported_steps(self.trainer.args, self.trainer.optimizer)
         self.trainer.compare_length()
         refuse_unsupported_optimizer(self.trainer)
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """Before the forward."""
         self.trainer.begin_step()
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """Before the optimizer moves anything."""
+        refuse_bypassed_methods(self.trainer)
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
         """After the optimizer has moved the weights."""

@@ -79,7 +79,8 @@ class SparseDistillTrainer(ResumingTrainer):
         self._plan: StepPlan | None = None
         self._loss_scale: Tensor | None = None
         self._micro_batches: list[dict[str, Any]] = []
-        self._totals, self._means = StepTotals(), RunningMeans()
+        self.passed: set[str] = set()
+        self.totals, self._means = StepTotals(), RunningMeans()
         super().__init__(model, args, *positional, **kwargs)
         check_tokenizer(self.processing_class, self._given_teacher if self.args.needs_teacher else None)
         # The model would otherwise be handed a count that only some heads use, and be scaled as if all did.
@@ -145,7 +146,7 @@ class SparseDistillTrainer(ResumingTrainer):
         batch_samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batch_samples:
             self._micro_batches = batch_samples
-            self._totals = StepTotals.of(batch_samples, self._shifted, device)
+            self.totals = StepTotals.of(batch_samples, self._shifted, device)
         return batch_samples, None
 
     def begin_step(self) -> None:
@@ -174,6 +175,7 @@ class SparseDistillTrainer(ResumingTrainer):
         if not model.training:
             loss, outputs = self._task_loss(model, inputs)
             return (loss, outputs) if return_outputs else loss
+        self.passed.add("compute_loss")
         asked, student, device = self.distiller.asked_of_models(inputs), self.student, self.args.device
         with self.accelerator.autocast():
             teacher_outputs = self.distiller.teacher_outputs(self.engine.runnable(student, model), asked, device)
@@ -190,7 +192,7 @@ class SparseDistillTrainer(ResumingTrainer):
             terms |= distillation_terms(
                 outputs, teacher_outputs, seen, student_config, self.args, self._shifted, self.distiller.projections
             )
-        loss = with_graph(weighted_sum(terms, self.args, self._totals.shares(inputs, self._shifted), self._means))
+        loss = with_graph(weighted_sum(terms, self.args, self.totals.shares(inputs, self._shifted), self._means))
         return (loss, outputs) if return_outputs else loss
 
     def _task_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
@@ -205,6 +207,7 @@ class SparseDistillTrainer(ResumingTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Run one micro-batch; after a step's last one, add the penalty's gradient, to be clipped with the rest."""
         loss = super().training_step(model, inputs, num_items_in_batch)
+        self.passed.add("training_step")
         if self.accelerator.sync_gradients:
             self._loss_scale = self._scale_of_loss()
             penalty = self.pruner.add_penalty_gradient(self.plan, self._loss_scale)
@@ -239,12 +242,6 @@ class SparseDistillTrainer(ResumingTrainer):
             logs["graft_prob"] = self.plan.graft_prob
             logs.update({"penalty": 0.0, **self._means.read()})
         super().log(logs, start_time)
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        # A model that is still being pruned scores higher than any that is done, and is not what was asked for.
-        if not self.plan.final_sparsity:
-            return False
-        return super()._determine_best_metric(metrics, trial)
 
     # Checkpoints and saving
 

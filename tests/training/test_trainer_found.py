@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from torch import nn
 
 from hf_sparse import SparseDistillTrainer, graft
 from hf_sparse.core.targets import find_targets
+from hf_sparse.training.distillation.distill import attention_loss, hidden_loss
 from hf_sparse.training.distillation.graft import graft_sites
+from hf_sparse.training.distillation.layerwise import compared_layers
 from hf_sparse.training.pruning.pruner import Pruner
 from hf_sparse.training.support import predicts_next
-from tests.training.tiny import bert, llama, make_trainer, rows, sparse_config, weights_of
+from tests.training.tiny import SMALL, bert, llama, make_trainer, pruned_zero, rows, sparse_config, stirred, weights_of
 
 
 def gpt2() -> tf.GPT2LMHeadModel:
@@ -96,3 +99,111 @@ def test_tags_given_for_the_card_are_in_it(tmp_path: Path) -> None:
     trainer.create_model_card(tags=["pruned", "mine"], language="en")
     header = (tmp_path / "README.md").read_text().split("---")[1]
     assert "- mine" in header and header.count("- pruned") == 1
+
+
+def test_a_teacher_of_another_dtype_is_refused_where_its_layers_are_grafted(tmp_path: Path) -> None:
+    teacher = bert(1).to(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"graft_start=0.5 hands .* in torch.float32, to .* in torch.bfloat16"):
+        make_trainer(bert(), tmp_path, rows("classes", 8), teacher, graft_start=0.5)
+    make_trainer(bert(), tmp_path, rows("classes", 8), teacher, sparsity=0.5).train()
+
+
+def test_a_teacher_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"teacher_model='.*nowhere' cannot be loaded with AutoModelForSequenceClass"):
+        make_trainer(bert(), tmp_path, rows("classes", 8), tmp_path / "nowhere")
+
+
+def test_a_schedule_that_knows_no_projections_is_refused(tmp_path: Path) -> None:
+    for schedule in (True, False):
+        model = bert()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        given = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0) if schedule else None
+        trainer = make_trainer(model, tmp_path, rows("classes", 8), bert(5, hidden_size=24), sparsity=0.5,
+                               hidden_weight=1.0, extra={"optimizers": (optimizer, given)})  # fmt: skip
+        if schedule:
+            with pytest.raises(ValueError, match=r"optimizers=\(optimizer, schedule\) holds a schedule for the model"):
+                trainer.train()
+        else:
+            before = weights_of(trainer.distiller.projections)
+            trainer.train()
+            assert any((before[n] != w).any() for n, w in weights_of(trainer.distiller.projections).items())
+
+
+def accuracy(predicted: tf.EvalPrediction) -> dict[str, float]:
+    return {"accuracy": float((predicted.predictions.argmax(-1) == predicted.label_ids).mean())}
+
+
+def test_several_data_sets_are_evaluated_and_all_of_them_are_in_the_card(tmp_path: Path) -> None:
+    sets = {"easy": rows("classes", 6, seed=2), "hard": rows("classes", 7, seed=3)}
+    trainer = make_trainer(bert(), tmp_path, rows("classes", 8), sparsity=0.5, eval_strategy="steps", eval_steps=2,
+                           extra={"eval_dataset": sets, "compute_metrics": accuracy})  # fmt: skip
+    trainer.train()
+    teacher = trainer.evaluate_teacher()
+    trainer.save_model()
+    found = {entry["type"]: entry for entry in json.loads((tmp_path / "hf_sparse_card.json").read_text())["metrics"]}
+    assert sorted(found) == ["easy_accuracy", "hard_accuracy"]
+    for name in sets:
+        last = [logs[f"eval_{name}_accuracy"] for logs in trainer.state.log_history if f"eval_{name}_accuracy" in logs]
+        assert found[f"{name}_accuracy"]["value"] == last[-1]
+        alone = trainer.evaluate_teacher(sets[name])["teacher_accuracy"]
+        assert found[f"{name}_accuracy"]["dense_value"] == alone == teacher[f"teacher_{name}_accuracy"]
+
+
+def test_a_teacher_without_data_to_be_evaluated_on(tmp_path: Path) -> None:
+    trainer = make_trainer(bert(), tmp_path, rows("classes", 8), sparsity=0.5)
+    with pytest.raises(ValueError, match="no data to evaluate the teacher on: give eval_dataset"):
+        trainer.evaluate_teacher()
+
+
+def test_a_list_of_labels_for_each_image_is_distilled_all_the_same(tmp_path: Path) -> None:
+    config = tf.YolosConfig(**SMALL, image_size=[16, 16], patch_size=8, num_detection_tokens=3, num_labels=3)
+    data = [
+        {"pixel_values": torch.randn(3, 16, 16), "labels": {"class_labels": torch.tensor([i % 3]),
+                                                            "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}}
+        for i in range(8)
+    ]  # fmt: skip
+
+    def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "pixel_values": torch.stack([x["pixel_values"] for x in batch]),
+            "labels": [x["labels"] for x in batch],
+        }
+
+    trainer = make_trainer(yolos(config, 0), tmp_path, data, yolos(config, 1), sparsity=0.5,
+                           extra={"data_collator": collate}, remove_unused_columns=False, hidden_weight=1.0,
+                           logging_strategy="steps", logging_steps=1)  # fmt: skip
+    trainer.train()
+    assert pruned_zero(trainer)
+    assert all(logs["loss_kd"] > 0 for logs in trainer.state.log_history if "loss" in logs)
+
+
+def yolos(config: tf.YolosConfig, seed: int) -> tf.YolosForObjectDetection:
+    torch.manual_seed(seed)
+    return stirred(tf.YolosForObjectDetection(config))
+
+
+def bart_classifier(seed: int) -> tf.BartForSequenceClassification:
+    torch.manual_seed(seed)
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "dropout": 0.0,
+             "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "vocab_size": 40,
+             "max_position_embeddings": 20, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+             "num_labels": 3, "attn_implementation": "eager"}  # fmt: skip
+    return tf.BartForSequenceClassification(tf.BartConfig(**sizes)).eval()
+
+
+def test_padding_counts_in_no_layer_of_an_encoder_decoder_that_classifies() -> None:
+    student, teacher = bart_classifier(0), bart_classifier(1)
+    ids = torch.tensor([[5, 6, 7, 2]])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([1])}
+    padded = {"input_ids": torch.cat([ids, torch.zeros_like(ids)], 1), "labels": batch["labels"],
+              "attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0, 0, 0]])}  # fmt: skip
+    losses = []
+    for inputs in (batch, padded):
+        asked = {**inputs, "output_hidden_states": True, "output_attentions": True}
+        with torch.no_grad():
+            outputs = student(**asked), teacher(**asked)
+        for kind, loss in (("hidden_states", hidden_loss), ("attentions", attention_loss)):
+            sides = compared_layers(*outputs, inputs, kind, "hidden_weight")
+            assert [side.name for side in sides] == ["encoder", "decoder"]
+            losses.append([loss(side.student, side.teacher, side.mask).item() for side in sides])
+    assert losses[2] == pytest.approx(losses[0], rel=1e-4) and losses[3] == pytest.approx(losses[1], rel=1e-4)

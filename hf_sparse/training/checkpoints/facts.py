@@ -118,7 +118,11 @@ def _teacher(trainer: SparseDistillTrainer) -> str | None:
 
 
 def _metrics(history: Iterable[Mapping[str, float]], teacher_metrics: Mapping[str, float]) -> list[MetricFacts]:
-    last = next((logs for logs in reversed(list(history)) if any(key.startswith("eval_") for key in logs)), {})
+    evaluations = [logs for logs in history if any(key.startswith("eval_") for key in logs)]
+    # Several data sets are logged one by one at the same step.
+    last: dict[str, float] = {}
+    for logs in evaluations:
+        last |= logs if logs.get("step") == evaluations[-1].get("step") else {}
     return [
         MetricFacts(type=key.removeprefix("eval_"), value=float(value),
                     dense_value=teacher_metrics.get(key.removeprefix("eval_")))

@@ -24,6 +24,7 @@ class ResumingTrainer(TeachingTrainer):
 
     _holds_rotation = False
     _begun_for: int | None = None
+    plan: Any
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as `Trainer.train` does.
@@ -60,6 +61,10 @@ class ResumingTrainer(TeachingTrainer):
         if self._holds_rotation:
             # From here on, and not before, because the settings have just been saved with the model.
             self.args.save_total_limit = None
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # A model that is still being pruned scores higher than any that is done, and is not what was asked for.
+        return bool(self.plan.final_sparsity and super()._determine_best_metric(metrics, trial))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run_dir = Path(self._get_output_dir(trial=trial))

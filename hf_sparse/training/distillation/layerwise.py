@@ -195,11 +195,20 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(names)
 
 
+def _mask_of_decoder(inputs: Mapping[str, Any]) -> Tensor | None:
+    labels = inputs.get("labels")
+    if isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point():
+        # The decoder reads the labels shifted by one: padding is where they end.
+        return labels != -100
+    # Without labels per token (BART that classifies, or answers questions) it reads what the encoder reads.
+    of_its_own = any(inputs.get(key) is not None for key in ("decoder_input_ids", "decoder_inputs_embeds"))
+    return None if of_its_own else inputs.get("attention_mask")
+
+
 def _sides(student: Any, teacher: Any, inputs: Mapping[str, Any], kind: str) -> list[tuple[str, Any, Any, Any]]:
     mask, decoder_mask = inputs.get("attention_mask"), inputs.get("decoder_attention_mask")
-    if decoder_mask is None and inputs.get("labels") is not None:
-        # Without a mask of its own the decoder reads the labels shifted by one: padding is where they end.
-        decoder_mask = inputs["labels"] != -100
+    if decoder_mask is None:
+        decoder_mask = _mask_of_decoder(inputs)
     sides = [
         (side.rstrip("_"), output(student, side + kind), output(teacher, side + kind), real)
         for side, real in (("", mask), ("encoder_", mask), ("decoder_", decoder_mask))

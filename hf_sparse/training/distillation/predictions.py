@@ -101,7 +101,9 @@ def prediction_unit(student: Any, inputs: Mapping[str, Any]) -> str:
             f"kd_weight needs logits [samples, labels] or [samples, tokens, labels], or an embedding, the model "
             f"returns {found}: set kd_weight=0."
         )
-    labels, attention_mask = inputs.get("labels"), inputs.get("attention_mask")
+    # Detection models take a list of dictionaries, one per image.
+    labels = inputs["labels"] if isinstance(inputs.get("labels"), Tensor) else None
+    attention_mask = inputs.get("attention_mask")
     if FRAMES in inputs:
         return "samples"
     if logits.ndim == 3 and labels is not None and labels.shape == logits.shape[:-1]:

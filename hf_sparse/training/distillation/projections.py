@@ -49,11 +49,17 @@ class HiddenProjections(nn.ModuleDict):
         """Give the map of a side; None where the widths agree."""
         return self[_key(side)] if _key(side) in self else None
 
-    def add_to(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let the student's optimizer train the maps as well, without weight decay. Does nothing the second time."""
+    def add_to(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Let the student's optimizer train the maps as well, without weight decay.
+
+        Returns:
+            Whether they were new to it; the second time nothing is done.
+        """
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if not any(id(parameter) in known for parameter in self.parameters()):
-            optimizer.add_param_group({"params": list(self.parameters()), "weight_decay": 0.0})
+        if any(id(parameter) in known for parameter in self.parameters()):
+            return False
+        optimizer.add_param_group({"params": list(self.parameters()), "weight_decay": 0.0})
+        return True
 
     def average_gradients_(self) -> None:
         """Take the mean of the gradients over ranks, as a distributed wrapper does for the student's."""

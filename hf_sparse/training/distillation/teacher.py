@@ -32,10 +32,18 @@ def load_teacher(teacher: nn.Module | str | os.PathLike[str], student: nn.Module
 
     Raises:
         TypeError: if `teacher` is neither a module nor a path or repo id, or no Auto class fits the student.
+        OSError: if nothing can be loaded from there.
         ValueError: if the teacher is the student itself.
     """
     if isinstance(teacher, str | os.PathLike):
-        teacher = _auto_class(student).from_pretrained(teacher)
+        auto_class, path = _auto_class(student), os.fspath(teacher)
+        try:
+            teacher = auto_class.from_pretrained(path)
+        except OSError as error:
+            raise OSError(
+                f"teacher_model={path!r} cannot be loaded with {auto_class.__name__}: {str(error).splitlines()[0]} "
+                f"Use the folder or repo id of a model, a loaded model, or None for a copy of the one being trained."
+            ) from error
     if not isinstance(teacher, nn.Module):
         raise TypeError(
             f"teacher_model={teacher!r} must be a model, a path or a repo id, or None for a copy of the student."
@@ -112,6 +120,12 @@ def check_teacher(student: nn.Module, teacher: nn.Module, config: SparseDistillC
         _same(mine, theirs, "num_attention_heads", asked, "as many attention heads", "set attention_weight=0")
     if config.graft_start < 1.0:
         graft_sites(student, teacher)
+        dtypes = [next((p.dtype for p in model.parameters()), None) for model in (student, teacher)]
+        if dtypes[0] != dtypes[1]:
+            raise ValueError(
+                f"graft_start={config.graft_start} hands hidden states from layers of the model, in {dtypes[0]}, to "
+                f"layers of the teacher, in {dtypes[1]}: load both in one dtype, or set graft_start=1."
+            )
 
 
 def check_depths(student: nn.Module, teacher: nn.Module, config: SparseDistillConfig) -> None:
