@@ -14,11 +14,12 @@ from hf_sparse.core.blocks import BlockShape
 from hf_sparse.core.targets import compile_pattern
 from hf_sparse.training.distillation.layerwise import Layers, parse_layer_map
 from hf_sparse.training.presets import PRESETS
+from hf_sparse.training.schedules import SCHEDULES
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "feed_forward": ("blocks", "units"),
     "sparsity_scope": ("layer", "global"),
-    "sparsity_schedule": ("cubic", "linear", "one_shot"),
+    "sparsity_schedule": SCHEDULES,
     "embedding_pooling": ("mean", "cls", "last"),
     "importance": ("magnitude", "activation", "fisher"),
     "penalty_form": ("loss", "proximal"),
@@ -193,7 +194,9 @@ class SparseDistillConfig(TrainingArguments):
                     f"{first} must be at most {second}."
                 )
         if self.sparsity_end == 0.0 and self.sparsity > 0.0 and self.penalty_weight > 0.0:
-            raise ValueError("sparsity_end=0.0 leaves no step for penalty_weight to act: raise sparsity_end or use 0.")
+            raise ValueError(
+                "sparsity_end=0.0 leaves no step for penalty_weight to act: raise it, or set penalty_weight=0."
+            )
         weights = (self.task_weight, self.kd_weight, self.hidden_weight, self.attention_weight)
         if not any(weights):
             raise ValueError(

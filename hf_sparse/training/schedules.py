@@ -12,6 +12,8 @@ from typing import Protocol
 
 import torch
 
+SCHEDULES = ("cubic", "linear", "one_shot")
+
 
 class ScheduleConfig(Protocol):
     """The fields of `SparseDistillConfig` that a schedule reads."""
@@ -63,7 +65,7 @@ def plan_step(config: ScheduleConfig, step: int, total_steps: int) -> StepPlan:
         The plan. Sparsity is exactly `config.sparsity` from the last mask update on.
 
     Raises:
-        ValueError: if step or total_steps is out of range.
+        ValueError: if step or total_steps is out of range or no integer, or the schedule is not known.
 
     Source: cubic sparsity, Zhu and Gupta 2018, eq. 1; graft probability, Sparse Progressive Distillation, ACL 2022.
 
@@ -77,10 +79,14 @@ def plan_step(config: ScheduleConfig, step: int, total_steps: int) -> StepPlan:
         >>> plan_step(config, 4, 8).graft_prob
         0.75
     """
-    if total_steps < 1 or not 0 <= step < total_steps:
+    whole = isinstance(step, int) and isinstance(total_steps, int)
+    if not whole or total_steps < 1 or not 0 <= step < total_steps:
         raise ValueError(
-            f"step={step} is outside a run of total_steps={total_steps}: expected 0 <= step < total_steps."
+            f"step={step!r} is outside a run of total_steps={total_steps!r}: expected integers, 0 <= step < "
+            f"total_steps."
         )
+    if config.sparsity_schedule not in SCHEDULES:
+        raise ValueError(f"sparsity_schedule={config.sparsity_schedule!r} is not known: use one of {list(SCHEDULES)}.")
     updates = mask_update_steps(config, total_steps)
     done = sum(1 for at in updates if at <= step) if config.sparsity else 0
     last_prune_step = updates[-1]

@@ -139,7 +139,12 @@ def test_draws_have_their_probability_and_never_touch_the_global_generator() -> 
     assert graft_draws(0.0, 5, 0, 0) == [False] * 5
 
 
-@pytest.mark.parametrize(("step", "total"), [(-1, 5), (5, 5), (0, 0)])
-def test_a_step_outside_the_run_is_refused(step: int, total: int) -> None:
+@pytest.mark.parametrize(("step", "total"), [(-1, 5), (5, 5), (0, 0), (1.5, 5), (0, 5.0)])
+def test_a_step_outside_the_run_is_refused(step: Any, total: Any) -> None:
     with pytest.raises(ValueError, match=rf"step={step} .*total_steps={total}"):
         plan_step(config(), step, total)
+
+
+def test_an_unknown_schedule_is_refused() -> None:
+    with pytest.raises(ValueError, match="sparsity_schedule='exponential' is not known: use one of .*cubic"):
+        plan_step(config(sparsity_schedule="exponential"), 0, 5)

@@ -39,13 +39,13 @@ def distillation_loss(
         temperature: > 0.
         kind: one of "classes", "multi_label", "regression".
         mask: [...] bool, True = counts (tokens that carry a label); None = all.
-        per_sample: for "classes" of [B, T, V]: whether each sample weighs the same, and not each token.
+        per_sample: for "classes" of [B, T, V] alone: whether each sample weighs the same, and not each token.
 
     Returns:
         A scalar, float32: the mean over what counts.
 
     Raises:
-        ValueError: if the shapes differ or `kind` is unknown.
+        ValueError: if a shape, dtype or number does not fit, or `kind` is unknown; the message names it.
 
     Source: Hinton et al. 2015; Sparse Progressive Distillation (ACL 2022) uses the soft cross-entropy, which differs
     by the teacher's constant entropy.
@@ -61,6 +61,25 @@ def distillation_loss(
         raise ValueError(
             f"student logits {list(student_logits.shape)} and teacher logits {list(teacher_logits.shape)} differ in "
             f"shape: teacher and student must have the same labels, or set kd_weight=0."
+        )
+    shape, dtypes = student_logits.shape, (student_logits.dtype, teacher_logits.dtype)
+    if not shape or not all(dtype.is_floating_point for dtype in dtypes):
+        raise ValueError(
+            f"logits must be floating point, [..., V], not {dtypes[0]} and {dtypes[1]} of shape {list(shape)}: pass "
+            f"what the models return as logits, and not the classes that follow from them."
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature!r} must be above 0; 1 leaves the distributions as they are.")
+    if mask is not None and mask.shape != shape[:-1]:
+        # It would be broadcast, and count positions that it does not speak of.
+        raise ValueError(
+            f"mask has shape {list(mask.shape)}, the logits {list(shape)}: give one entry per position, "
+            f"{list(shape[:-1])}."
+        )
+    if per_sample and (kind != "classes" or len(shape) < 3):
+        raise ValueError(
+            f'per_sample=True weighs the samples of [B, T, V] for kind="classes", not {list(shape)} for '
+            f"kind={kind!r}: leave it out."
         )
     if kind == "classes":
         per_item = soft_divergence(student_logits, teacher_logits, temperature)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_sparse.core.blocks import BlockShape, block_norms, scale_blocks_, to_blocks
+from hf_sparse.core.blocks import BlockShape, block_norms, grid_shape, scale_blocks_, to_blocks
 
 
 def group_lasso(weight: Tensor, block_shape: BlockShape, coef: Tensor | None = None) -> Tensor:
@@ -23,10 +23,25 @@ def group_lasso(weight: Tensor, block_shape: BlockShape, coef: Tensor | None = N
     Returns:
         A scalar, >= 0, float32 (float64 for a float64 weight).
 
+    Raises:
+        ValueError: if the weight is no floating-point matrix, the blocks do not tile it, or coef is not of its grid.
+
     Example:
         >>> group_lasso(torch.tensor([[3., 4., 0., 1.]]), (1, 2))
         tensor(6.)
     """
+    if weight.ndim != 2 or not weight.is_floating_point():
+        raise ValueError(
+            f"the group lasso is that of a floating-point weight [O, I], not of {weight.dtype} of shape "
+            f"{list(weight.shape)}: pass one weight at a time, Conv1D's transposed."
+        )
+    grid = grid_shape((weight.shape[0], weight.shape[1]), block_shape)
+    if coef is not None and coef.shape != grid:
+        # It would be broadcast, and weigh other blocks than it was made for.
+        raise ValueError(
+            f"coef has shape {list(coef.shape)}, the grid of {list(weight.shape)} in blocks of {list(block_shape)} is "
+            f"{list(grid)}: take it from a weight of this shape, in blocks of this shape."
+        )
     squared = to_blocks(weight, block_shape).to(_at_least_float32(weight)).square().sum(dim=(2, 3))
     # The square root has an infinite slope at 0, where the subgradient that leaves a pruned block alone is 0.
     norms = torch.where(squared > 0, squared, 1.0).sqrt() * (squared > 0)

@@ -89,11 +89,25 @@ def test_half_precision_logits_are_compared_in_float32() -> None:
     assert loss.item() == pytest.approx(distillation_loss(student.float(), teacher.float(), T).item(), rel=1e-6)
 
 
+ONES = torch.ones(4, 3)
+
+
 @pytest.mark.parametrize(
     ("act", "message"),
     [
         (lambda: distillation_loss(torch.ones(1, 2), torch.ones(1, 2), kind="ranking"), "kind='ranking' is not known"),
         (lambda: distillation_loss(torch.ones(1, 2), torch.ones(1, 3)), r"\[1, 2\].*\[1, 3\].*kd_weight=0"),
+        (lambda: distillation_loss(ONES, ONES, 0.0), "temperature=0.0 must be above 0"),
+        (lambda: distillation_loss(ONES, ONES, float("nan")), "temperature=nan must be above 0"),
+        (lambda: distillation_loss(ONES.long(), ONES.long()), r"floating point, .* not torch.int64 and torch.int64"),
+        (lambda: distillation_loss(ONES.sum(), ONES.sum()), r"logits must be floating point, .* of shape \[\]"),
+        (lambda: distillation_loss(ONES, ONES, mask=ONES[:, :1] > 0), r"mask has shape \[4, 1\].* \[4\]\."),
+        (lambda: distillation_loss(ONES, ONES, mask=torch.ones(3) > 0), r"mask has shape \[3\], the logits \[4, 3\]"),
+        (lambda: distillation_loss(ONES, ONES, per_sample=True), r"per_sample=True .* not .* for kind='classes'"),
+        (
+            lambda: distillation_loss(ONES[None], ONES[None], kind="regression", per_sample=True),
+            r"per_sample=True weighs .* for kind='regression': leave it out",
+        ),
         (lambda: hidden_loss([torch.ones(1, 2, 3)], []), "student gives 1 hidden states, the teacher 0"),
         (lambda: hidden_loss([torch.ones(1, 2, 3)], [torch.ones(1, 2, 4)]), r"hidden states 0: .* 3\].* 4\]"),
         (lambda: attention_loss([torch.ones(1, 2, 3, 3)], []), "student gives 1 attention maps"),

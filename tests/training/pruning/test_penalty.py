@@ -225,3 +225,16 @@ def test_penalty_reaches_a_layer_that_was_grafted_away(tmp_path: Path) -> None:
     torch.testing.assert_close(trainer.model.get_parameter(name).detach(), before[name] - 0.1 * 0.1 * gradient)
     bias = name.replace("weight", "bias")
     assert torch.equal(trainer.model.get_parameter(bias).detach(), before[bias]), "no gradient but the penalty's"
+
+
+@pytest.mark.parametrize(("weight", "coef", "message"), [
+    (torch.ones(8), None, r"floating-point weight \[O, I\], not of torch.float32 of shape \[8\]"),
+    (torch.ones(2, 8, 8), None, r"not of torch.float32 of shape \[2, 8, 8\]: pass one weight at a time"),
+    (torch.ones(8, 8, dtype=torch.long), None, "not of torch.int64"),
+    (torch.ones(8, 8), torch.ones(8), r"coef has shape \[8\], the grid of \[8, 8\] in blocks of \[4, 1\] is \[2, 8\]"),
+    (torch.ones(8, 8), torch.ones(1, 1), r"coef has shape \[1, 1\], the grid .* is \[2, 8\]"),
+    (torch.ones(8, 8), torch.ones(3, 8), r"coef has shape \[3, 8\], the grid .* is \[2, 8\]"),
+])  # fmt: skip
+def test_mistakes_are_refused_by_name(weight: Tensor, coef: Tensor | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        group_lasso(weight, (4, 1), coef)
