@@ -114,7 +114,7 @@ def _measure(plan: _Plan) -> dict[str, Any]:
     import torch
 
     from hf_sparse.inference.bench import compare_models, token_inputs
-    from hf_sparse.inference.compress import compressed_layers, decompress
+    from hf_sparse.inference.compress import compressed_experts, compressed_layers, decompress
     from hf_sparse.inference.encoder import fused_encoders
     from hf_sparse.inference.engines import make_engines
 
@@ -147,9 +147,12 @@ def _measure(plan: _Plan) -> dict[str, Any]:
             )
         except IndexError as error:
             raise ValueError(f"--length {max(plan.lengths)} is more than {plan.path} takes: {error}.") from error
+    backends = Counter(layer.backend() for layer in compressed_layers(pruned).values())
+    for experts in compressed_experts(pruned).values():
+        backends.update(experts.backends())
     return {
         "not_measured": skipped,
-        "backends": dict(Counter(layer.backend() for layer in compressed_layers(pruned).values())),
+        "backends": dict(backends),
         "encoders": fused_encoders(pruned),
         "rows": rows,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_sparse.core.formats import MASK_SUFFIX, LayerFormat
 from hf_sparse.core.packing import pack
+from hf_sparse.inference.expert_linears import ExpertLinears
 from hf_sparse.inference.kernels import to_dense
 from hf_sparse.inference.prepared import Indexed, Stamp
 
@@ -20,12 +22,22 @@ _CONTAINERS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_s
 _OWN = ("dense_class", "_formats", "_indexed", "_ready", "block_mask", "forward", "_old_forward", "_hf_hook")
 
 
+@dataclass(eq=False)
+class _Ready:
+    """What holds until blocks or bitmaps change."""
+
+    stamps: dict[str, Stamp]
+    linears: ExpertLinears | None
+    dense: nn.Module | None = None
+
+
 class BlockSparseExperts(nn.Module):
     """A module of fused experts in which parameters [E, O, I] are kept as their blocks alone.
 
-    It computes what the dense module computes, by that module's own code: a stand-in of its class is handed the
-    weights laid out dense. Outside of training they are laid out once, on the first call, and again when the blocks,
-    their bitmap, device or dtype change. It trains: gradients reach the kept blocks, and pruned ones stay absent.
+    It computes what the dense module computes. Where sparse kernels are no slower, each expert runs on its kept blocks
+    (`inference.expert_linears`). Elsewhere the dense module's own code does it: a stand-in of its class is handed the
+    weights laid out dense. Outside of training that is done once, on the first call, and again when the blocks, their
+    bitmap, device or dtype change. It trains: gradients reach the kept blocks, and pruned ones stay absent.
 
     Args:
         dense: the module whose place it takes; its parameters, buffers, submodules and settings are taken over, not
@@ -47,7 +59,7 @@ class BlockSparseExperts(nn.Module):
         self.dense_class = type(dense)
         self._formats = dict(formats)
         self._indexed: dict[str, Indexed] = {}
-        self._ready: tuple[dict[str, Stamp], nn.Module] | None = None
+        self._ready: _Ready | None = None
         for part, layer in formats.items():
             weight: Any = getattr(dense, part)
             values = torch.empty(layer.values_shape, device="meta", dtype=weight.dtype)
@@ -98,16 +110,35 @@ class BlockSparseExperts(nn.Module):
         trains = torch.is_grad_enabled() and any(getattr(self, part).requires_grad for part in self._formats)
         if trains or torch.compiler.is_compiling():
             return self._stand_in(self.dense_weights()).forward(*args, **kwargs)
+        ready = self._prepared()
+        if ready.linears is not None and ready.linears.takes(*args, **kwargs):
+            return ready.linears.run(self, *args)
+        if ready.dense is None:
+            with torch.no_grad():
+                ready.dense = self._stand_in(self.dense_weights())
         # Not by calling it: the hooks of this module have run, and are those of the stand-in as well.
-        return self._prepared().forward(*args, **kwargs)
+        return ready.dense.forward(*args, **kwargs)
 
-    def _prepared(self) -> nn.Module:
+    def backends(self) -> list[str]:
+        """Name what computes each linear of each expert; "dense" where the module of the dense class does."""
+        linears = self._prepared().linears
+        if linears is None:
+            return ["dense"] * sum(layer.experts for layer in self._formats.values())
+        return [linear.backend.name for linear in (*linears.into, *linears.out)]
+
+    def apply_gate(self, units: Tensor) -> Tensor:
+        """Compute the units of one expert [T, F] from its gates and their inputs [T, 2F], as the dense class does."""
+        gate: Any = self.dense_class._apply_gate
+        return gate(self, units)
+
+    def _prepared(self) -> _Ready:
         tensors = {name: getattr(self, name) for part in self._formats for name in (part, part + MASK_SUFFIX)}
-        if self._ready is None or not all(stamp.fits(tensors[name]) for name, stamp in self._ready[0].items()):
+        ready = self._ready
+        if ready is None or not all(stamp.fits(tensors[name]) for name, stamp in ready.stamps.items()):
             with torch.no_grad():
                 stamps = {name: Stamp(tensor) for name, tensor in tensors.items()}
-                self._ready = (stamps, self._stand_in(self.dense_weights()))
-        return self._ready[1]
+                ready = self._ready = _Ready(stamps, ExpertLinears.of(self, self._formats))
+        return ready
 
     def _stand_in(self, weights: Mapping[str, Tensor]) -> nn.Module:
         made: nn.Module = self.dense_class.__new__(self.dense_class)
