@@ -128,8 +128,9 @@ class BlockSparseExperts(nn.Module):
 
     def apply_gate(self, units: Tensor) -> Tensor:
         """Compute the units of one expert [T, F] from its gates and their inputs [T, 2F], as the dense class does."""
-        gate: Any = self.dense_class._apply_gate
-        return gate(self, units)
+        dense: Any = self.dense_class
+        found: Tensor = dense._apply_gate(self, units)
+        return found
 
     def _prepared(self) -> _Ready:
         tensors = {name: getattr(self, name) for part in self._formats for name in (part, part + MASK_SUFFIX)}

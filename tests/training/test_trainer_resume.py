@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -108,6 +109,17 @@ def test_a_model_that_is_saved_under_other_names_resumes(tmp_path: Path) -> None
     first = run(tmp_path / "a")
     again = run(tmp_path / "b", resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
     assert_same(weights_of(first.model), weights_of(again.model))
+
+
+def test_weights_that_are_never_saved_may_be_missing(tmp_path: Path) -> None:
+    model = bert()
+    model._keys_to_ignore_on_save = ["bert.embeddings.position_embeddings.weight"]
+    trainer = trainer_in(tmp_path, model)
+    result = SimpleNamespace(missing_keys=["bert.embeddings.position_embeddings.weight"], unexpected_keys=[])
+    trainer._issue_warnings_after_load(result)
+    result.missing_keys.append("bert.pooler.dense.bias")
+    with pytest.raises(ValueError, match=r"lacks 1 weights of BertForSequence\w+, bert\.pooler\.dense\.bias first"):
+        trainer._issue_warnings_after_load(result)
 
 
 def test_resuming_with_the_pruned_model_as_its_own_teacher_is_refused(straight: Any, tmp_path: Path) -> None:

@@ -88,10 +88,11 @@ class ResumingTrainer(TeachingTrainer):
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         super()._issue_warnings_after_load(load_result)
-        tied = getattr(self.student, "all_tied_weights_keys", None) or ()
-        missing = set(load_result.missing_keys)
-        lost = [name for name, _ in self.student.named_parameters() if name in missing and name not in tied]
-        if lost:
+        # What is tied to another weight, or computed by the class itself, is never in a file.
+        absent = {*(getattr(self.student, "all_tied_weights_keys", None) or ())}
+        absent.update(getattr(self.student, "_keys_to_ignore_on_save", None) or ())
+        missing = set(load_result.missing_keys) - absent
+        if lost := [name for name, _ in self.student.named_parameters() if name in missing]:
             # `Trainer` warns, and goes on with the weights that the model happens to have.
             raise ValueError(
                 f"the checkpoint lacks {len(lost)} weights of {type(self.student).__name__}, {lost[0]} first: it was "
