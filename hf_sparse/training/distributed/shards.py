@@ -224,13 +224,18 @@ def _sum_over_shards(weights: Mapping[str, Any], squares: Mapping[str, Tensor]) 
     for name, weight in weights.items():
         dims = _shard_dims(weight)
         group = weight.device_mesh.get_group(dims[0]) if dims else None
-        groups.setdefault((group, squares[name].dtype), []).append(name)
+        copies = [at for at in range(weight.device_mesh.ndim) if at not in dims and weight.device_mesh.size(at) > 1]
+        key = group, tuple(weight.device_mesh.get_group(at) for at in copies), squares[name].dtype
+        groups.setdefault(key, []).append(name)
     summed: dict[str, Tensor] = {}
-    for (group, _), names in groups.items():
+    for (group, copies, _), names in groups.items():
         flat = torch.cat([squares[name].reshape(-1) for name in names])
         if group is not None:
             message = on_wire(flat)
             dist.all_reduce(message, group=group)
+            for replicas in copies:
+                # Copies of a shard that add up in another order would drift apart, and nothing would bring them back.
+                dist.broadcast(message, src=dist.get_global_rank(replicas, 0), group=replicas)
             flat = message.to(flat.device)
         for name, part in zip(names, flat.split([squares[name].numel() for name in names]), strict=True):
             summed[name] = part.view_as(squares[name])
