@@ -21,7 +21,7 @@ class StepHooks(TrainerCallback):
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Once the number of steps is known, and the optimizer made."""
-        refuse_unsupported_steps(self.trainer.args, self.trainer.optimizer)
+        refuse_unsupported_steps(self.trainer)
         self.trainer.compare_length()
         refuse_unsupported_optimizer(self.trainer)
 

@@ -5,9 +5,8 @@ Subclasses of `Trainer` often write `compute_loss` or `training_step` anew, and 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 if TYPE_CHECKING:
@@ -41,16 +40,14 @@ def refuse_bypassed_methods(trainer: SparseDistillTrainer) -> None:
         )
 
 
-def refuse_unsupported_steps(args: TrainingArguments, optimizer: Any) -> None:
-    """Refuse optimizers that move weights inside the backward, or that hold two sets of them.
-
-    Args:
-        args: the run's settings.
-        optimizer: as the trainer holds it; None before there is one.
+def refuse_unsupported_steps(trainer: SparseDistillTrainer) -> None:
+    """Refuse optimizers and schedules with which a run would not do what its settings say.
 
     Raises:
-        ValueError: naming the optimizer and the way out.
+        ValueError: for an optimizer that moves weights inside the backward, that holds two sets of them or none of the
+            model's, and for a given schedule that `lr_restart` does not reach; naming it and the way out.
     """
+    args, optimizer = trainer.args, trainer.optimizer
     if args.optim in _STEP_IN_BACKWARD:
         raise ValueError(
             f"optim={OptimizerNames(args.optim).value!r} is not supported: it moves weights while gradients are "
@@ -62,6 +59,18 @@ def refuse_unsupported_steps(args: TrainingArguments, optimizer: Any) -> None:
         raise ValueError(
             f"{type(plain).__name__} is not supported: it holds one set of weights for training and another for "
             f"evaluation, in which pruned blocks would not be zero. Use one without, such as adamw_torch."
+        )
+    groups = [] if optimizer is None else optimizer.param_groups
+    held = {id(parameter) for group in groups for parameter in group["params"]}
+    if not any(id(parameter) in held for parameter in trainer.student.parameters()):
+        raise ValueError(
+            f"optimizers=: the {type(plain).__name__} holds none of the parameters of the model, which would be "
+            f"pruned and never trained. Make it from the parameters of the very model that the trainer is given."
+        )
+    if args.lr_restart and not trainer._created_lr_scheduler:
+        raise ValueError(
+            f"lr_restart={args.lr_restart} does not reach a schedule that is given with optimizers=: give "
+            f"optimizers=(optimizer, None) with lr_scheduler_type, or set lr_restart=0."
         )
 
 

@@ -91,8 +91,9 @@ def test_a_training_step_of_its_own_is_fine_where_nothing_is_pruned(tmp_path: Pa
 
 @pytest.mark.parametrize("optim", ["lomo", "adalomo", "galore_adamw_layerwise"])
 def test_optimizers_that_step_inside_the_backward_are_refused(tmp_path: Path, optim: str) -> None:
+    trainer = make_trainer(bert(), tmp_path, rows("classes", 8), optim=optim)
     with pytest.raises(ValueError, match=f"optim='{optim}' is not supported: it moves weights while"):
-        refuse_unsupported_steps(sparse_config(tmp_path, optim=optim), None)
+        refuse_unsupported_steps(trainer)
 
 
 class TwoSets(torch.optim.SGD):
@@ -111,3 +112,25 @@ def test_optimizers_with_weights_of_their_own_for_evaluation_are_refused(tmp_pat
     )  # fmt: skip
     with pytest.raises(ValueError, match="TwoSets is not supported: it holds one set of weights for training"):
         trainer.train()
+
+
+def test_an_optimizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    optimizer = torch.optim.SGD(bert().parameters(), lr=0.1)
+    trainer = make_trainer(bert(), tmp_path, rows("classes", 8), extra={"optimizers": (optimizer, None)})
+    with pytest.raises(ValueError, match="the SGD holds none of the parameters of the model"):
+        trainer.train()
+
+
+def test_a_restart_that_would_not_reach_a_given_schedule_is_refused(tmp_path: Path) -> None:
+    for given in (True, False):
+        model = bert()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0) if given else None
+        trainer = make_trainer(model, tmp_path, rows("classes", 8), sparsity=0.5, lr_restart=0.5,
+                               extra={"optimizers": (optimizer, schedule)})  # fmt: skip
+        if given:
+            with pytest.raises(ValueError, match="lr_restart=0.5 does not reach a schedule that is given"):
+                trainer.train()
+        else:
+            trainer.train()
+            assert pruned_zero(trainer)

@@ -113,6 +113,16 @@ def test_a_teacher_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
         make_trainer(bert(), tmp_path, rows("classes", 8), tmp_path / "nowhere")
 
 
+def test_a_compressed_teacher_gives_logits_and_no_layers(tmp_path: Path) -> None:
+    teacher = make_trainer(bert(), tmp_path / "teacher", rows("classes", 8), sparsity=0.5)
+    teacher.train()
+    teacher.save_model()
+    make_trainer(bert(), tmp_path, rows("classes", 8), tmp_path / "teacher", sparsity=0.5).train()
+    for given in ({"hidden_weight": 1.0}, {"graft_start": 0.5}):
+        with pytest.raises(ValueError, match=r"teacher_model is compressed, .* load it with hf_sparse.load_dense"):
+            make_trainer(bert(), tmp_path, rows("classes", 8), tmp_path / "teacher", **given)
+
+
 def test_a_schedule_that_knows_no_projections_is_refused(tmp_path: Path) -> None:
     for schedule in (True, False):
         model = bert()

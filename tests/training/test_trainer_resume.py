@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
 from hf_sparse import FormatError
 from hf_sparse.training.checkpoints.checkpoint import STATE_FILE, load_state
+from hf_sparse.training.checkpoints.whole import mark_whole
 from tests.training.families import family_batch, family_model, family_rows
 from tests.training.tiny import assert_same, bert, llama, make_trainer, pruned_zero, rows, weights_of
 
@@ -170,6 +172,25 @@ def test_another_length_is_said(straight: Any, tmp_path: Path, caplog: pytest.Lo
         trainer.train(resume_from_checkpoint=str(straight[0] / "checkpoint-4"))
     assert "The run was begun for 9 steps and is resumed for 10: sparsity" in caplog.text
     assert pruned_zero(trainer)
+
+
+def test_a_checkpoint_of_the_model_alone_is_refused(straight: Any, tmp_path: Path) -> None:
+    alone = copy_of(straight[0] / "checkpoint-4", tmp_path)
+    (alone / "optimizer.pt").unlink()
+    mark_whole(alone, 4, 1)
+    for given in (str(alone), True):
+        with pytest.raises(ValueError, match=r"checkpoint-4 holds no optimizer: it was written with save_only_model"):
+            trainer_in(tmp_path).train(resume_from_checkpoint=given)
+
+
+def test_data_without_a_length_are_said(straight: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for sized in (True, False):
+        trainer = trainer_in(tmp_path / str(sized), save_strategy="no")
+        if not sized:
+            trainer.train_dataset = Dataset.from_list(trainer.train_dataset).to_iterable_dataset()
+        with caplog.at_level("WARNING"):
+            trainer.train(resume_from_checkpoint=str(straight[0] / "checkpoint-4"))
+        assert ("The training data tell no length" in caplog.text) == (not sized)
 
 
 def copy_of(checkpoint: Path, folder: Path) -> Path:

@@ -11,9 +11,15 @@ from typing import Any
 
 from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, rotate_checkpoints
 
-from hf_sparse.training.checkpoints.whole import check_whole, last_whole_checkpoint, mark_whole, what_is_missing
+from hf_sparse.training.checkpoints.whole import (
+    check_optimizer,
+    check_whole,
+    last_whole_checkpoint,
+    mark_whole,
+    what_is_missing,
+)
 from hf_sparse.training.distillation.teaching import TeachingTrainer
 
 logger = logging.getLogger(__name__)
@@ -35,24 +41,33 @@ class ResumingTrainer(TeachingTrainer):
             kwargs: as `Trainer.train` takes.
 
         Raises:
-            ValueError: if the checkpoint is not whole, or belongs to a run that was set up otherwise.
+            ValueError: if the checkpoint is not whole, holds the model alone, or belongs to a run that was set up
+                otherwise.
             OSError: if a checkpoint cannot be written.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(last_whole_checkpoint(self.args.output_dir or "."))
         elif resume_from_checkpoint:
             check_whole(resume_from_checkpoint)
+        if resume_from_checkpoint:
+            check_optimizer(resume_from_checkpoint)
         self._begun_for = _total_steps(resume_from_checkpoint) if resume_from_checkpoint else None
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def compare_length(self) -> None:
-        """Say so if a resumed run is longer or shorter than it was begun: everything is scheduled over all steps."""
+        """Say so if a resumed run will not end as it would have: it has another length, or its data have none."""
         if self._begun_for not in (None, self.state.max_steps):
             logger.warning(
                 "The run was begun for %s steps and is resumed for %d: sparsity, penalty, grafting and learning rate "
                 "follow the new length from here on, and it will not end as either run would have without a stop.",
                 self._begun_for,
                 self.state.max_steps,
+            )
+        if self._begun_for is not None and not has_length(self.train_dataset):
+            logger.warning(
+                "The training data tell no length: batches are counted from their beginning to find the place again, "
+                "which fails for a checkpoint that was written at or after the end of their first pass. From such a "
+                "one the run goes on with other samples than without the stop.",
             )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

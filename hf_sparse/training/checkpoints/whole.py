@@ -76,6 +76,19 @@ def check_whole(folder: str | os.PathLike[str]) -> None:
         )
 
 
+def check_optimizer(folder: str | os.PathLike[str]) -> None:
+    """Refuse to resume from a checkpoint that holds the model alone.
+
+    Raises:
+        ValueError: naming it. Moments, and with them the importance of weights, would begin anew without a word.
+    """
+    if not any(path.name.startswith("optimizer") for path in Path(folder).iterdir()):
+        raise ValueError(
+            f"{folder} holds no optimizer: it was written with save_only_model=True, and a run cannot go on from it. "
+            f"Resume from another one, or load its model and train anew."
+        )
+
+
 def last_whole_checkpoint(output_dir: str | os.PathLike[str]) -> Path:
     """Find the newest whole checkpoint of a run; newer ones that are not whole are named in a warning.
 

@@ -16,6 +16,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils import cached_file
 
+from hf_sparse.inference.compress import compressed_tensors
 from hf_sparse.training.config import SparseDistillConfig
 from hf_sparse.training.distillation.graft import graft_sites
 from hf_sparse.training.distillation.layerwise import check_sides, depths, resolve_layer_map
@@ -114,6 +115,12 @@ def check_teacher(student: nn.Module, teacher: nn.Module, config: SparseDistillC
                 f"teacher_model orders the labels as {labels[1]}, the model as {labels[0]}: reload one of them with "
                 f"the other's label2id and id2label."
             )
+    by_layers = config.hidden_weight or config.attention_weight or config.graft_start < 1.0
+    if by_layers and compressed_tensors(teacher)[0]:
+        raise ValueError(
+            "teacher_model is compressed, and layers are compared or grafted with plain ones: load it with "
+            "hf_sparse.load_dense, or set hidden_weight=0, attention_weight=0 and graft_start=1."
+        )
     check_depths(student, teacher, config)
     if config.attention_weight:
         asked = f"attention_weight={config.attention_weight}"
