@@ -16,6 +16,8 @@ from hf_sparse.hub.headers import fetch_headers
 from hf_sparse.hub.html import render_report
 from hf_sparse.hub.push import push_folder
 from tests.hub.loopback_hub import WRITE_TOKEN, LoopbackHub
+from tests.inference import models
+from tests.mixtures import mixture
 
 REPO = "tester/pruned"
 
@@ -72,6 +74,20 @@ def test_shards_and_a_header_longer_than_the_first_answer(
     assert report(folder).to_dict() == report(tmp_path / "shards").to_dict()
     whole = sum(file.stat().st_size for file in (tmp_path / "shards").glob("*.safetensors"))
     assert sum(count for name, count in hub.served.items() if name.endswith(".safetensors")) < 0.06 * whole
+
+
+def test_experts_of_a_mixture(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A first answer that holds no bitmap: each is asked for by its own range.
+    monkeypatch.setattr("hf_sparse.hub.headers.FIRST_BYTES", 100)
+    model = mixture("mixtral")
+    compress(model, models.prune(model)).save_pretrained(into(tmp_path / "model"))
+    push_folder(tmp_path / "model", REPO, token=WRITE_TOKEN)
+    hub.served.clear()
+    folder = fetch_headers(REPO, into(tmp_path / "seen"))
+    assert folder is not None
+    assert report(folder).to_dict() == report(tmp_path / "model").to_dict()
+    assert sum("experts" in layer.name and layer.sparsity > 0.5 for layer in report(folder).layers) == 4
+    assert render_report(folder, "x") == render_report(tmp_path / "model", "x")
 
 
 def test_a_dense_model_is_not_looked_at_by_its_headers(hub: LoopbackHub, large: Path, tmp_path: Path) -> None:
