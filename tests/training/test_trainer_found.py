@@ -217,3 +217,23 @@ def test_padding_counts_in_no_layer_of_an_encoder_decoder_that_classifies() -> N
             assert [side.name for side in sides] == ["encoder", "decoder"]
             losses.append([loss(side.student, side.teacher, side.mask).item() for side in sides])
     assert losses[2] == pytest.approx(losses[0], rel=1e-4) and losses[3] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_linears_that_their_module_reads_without_calling_are_refused_by_name(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = tf.MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, state_size=4, time_step_rank=4,
+                            pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
+    model = stirred(tf.MambaForCausalLM(config), scale=0.02)
+    with pytest.raises(
+        ValueError, match=r"MambaMixer reads the weight of backbone.layers.0.mixer.dt_proj .* exclude_modules="
+    ):
+        make_trainer(model, tmp_path, rows("lm", 8), sparsity=0.5)
+    assert make_trainer(model, tmp_path, rows("lm", 8), sparsity=0.5, save_format="dense").pruner.masks.targets
+    trainer = make_trainer(model, tmp_path, rows("lm", 8), sparsity=0.5, exclude_modules=".*(dt_proj)")
+    trainer.train()
+    trainer.save_model()
+    ids = torch.tensor([rows("lm", 1)[0]["input_ids"]])
+    loaded = tf.MambaForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        expected, found = trainer.model.eval()(ids).logits, loaded(ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
