@@ -139,9 +139,13 @@ def refuse_unsupported_optimizer(trainer: SparseDistillTrainer) -> None:
         ValueError: under FSDP2, naming the optimizer and the way out. One that cannot be tried beforehand is let
             through; `SquaredGradients.watch` refuses it in its first step.
     """
-    args, given = trainer.args, trainer.optimizer
+    args = trainer.args
     if not trainer.engine.is_sharded or args.importance != "fisher" or not args.sparsity:
         return
+    if not hasattr(trainer, "optimizer"):
+        # `model_init` makes the model before `Trainer` has taken the optimizer; asked again when training begins.
+        return
+    given = trainer.optimizer
     if given is not None:
         given = getattr(given, "optimizer", given)
         taken = inspect.signature(type(given)).parameters
