@@ -36,7 +36,7 @@ if __package__ in (None, ""):
 from benchmarks.grid.cell import ROOT, Sources, floor_score, scores, train_cell, write_json
 from benchmarks.grid.energy import kept_energy
 from benchmarks.grid.jobs import cell_file, run_jobs
-from hf_sparse.inference.environment import environment
+from hf_sparse.inference.measuring.environment import environment
 
 GRID, RESULTS = ROOT / "benchmarks/accuracy.yaml", ROOT / "benchmarks/results/accuracy.json"
 AXES = ("task", "method", "block", "sparsity", "seed")

@@ -24,7 +24,7 @@ from benchmarks.record import Cell
 from benchmarks.timing import time_in_turns
 from hf_sparse import compress, load_dense
 from hf_sparse.core.blocks import BlockShape
-from hf_sparse.inference.bench import check_close, token_inputs
+from hf_sparse.inference.measuring.bench import check_close, token_inputs
 
 CHILD = Path(__file__).with_name("deepsparse_child.py")
 BLOCKS: list[BlockShape] = [(1, 1), (8, 1)]

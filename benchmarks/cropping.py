@@ -26,12 +26,12 @@ from torch import Tensor  # noqa: E402
 from transformers import BertConfig, BertModel  # noqa: E402
 
 from benchmarks.timing import time_in_turns  # noqa: E402
-from hf_sparse.core.targets import weight_view  # noqa: E402
-from hf_sparse.inference.bench import check_close, token_inputs  # noqa: E402
-from hf_sparse.inference.engines import make_engines  # noqa: E402
-from hf_sparse.inference.environment import environment  # noqa: E402
+from hf_sparse.core.structure.targets import weight_view  # noqa: E402
 from hf_sparse.inference.exits.crop import crop  # noqa: E402
 from hf_sparse.inference.exits.structure import croppable_layers  # noqa: E402
+from hf_sparse.inference.measuring.bench import check_close, token_inputs  # noqa: E402
+from hf_sparse.inference.measuring.engines import make_engines  # noqa: E402
+from hf_sparse.inference.measuring.environment import environment  # noqa: E402
 
 SIZES: dict[str, dict[str, Any]] = {
     "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},

@@ -19,7 +19,7 @@ from benchmarks import engines as make
 from benchmarks.models import BLOCKS, FUSED, Contenders, Scope
 from benchmarks.record import Cell
 from benchmarks.timing import time_in_turns
-from hf_sparse.inference.encoder import ENV_ENCODER
+from hf_sparse.inference.encoders.fused import ENV_ENCODER
 
 SCOPES = ["encoder", "model"]
 BATCHES = [1, 8]

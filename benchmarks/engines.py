@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_sparse.inference.bench import MismatchError, check_close
+from hf_sparse.inference.measuring.bench import MismatchError, check_close
 
 DENSE = ("eager", "compile", "onednn", "onnxruntime", "openvino")
 # These words belong to hf_sparse itself: what it computes has to be right, or there is no benchmark.

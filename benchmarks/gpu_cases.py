@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse.core.blocks import BlockShape, grid_shape
-from hf_sparse.core.packing import LayerFormat
+from hf_sparse.core.stored.packing import LayerFormat
 from hf_sparse.inference.kernels import BlockIndex, to_dense
 from hf_sparse.inference.kernels.gpu.layout import GpuWeight, to_gpu
 

@@ -25,7 +25,7 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from hf_sparse.core.packing import LayerFormat  # noqa: E402
+from hf_sparse.core.stored.packing import LayerFormat  # noqa: E402
 from hf_sparse.inference.kernels import BlockIndex  # noqa: E402
 from hf_sparse.inference.kernels.gpu import programs  # noqa: E402
 from hf_sparse.inference.kernels.gpu.launch import options  # noqa: E402

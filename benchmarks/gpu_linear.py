@@ -22,7 +22,7 @@ from benchmarks.gpu_record import Record
 from hf_sparse.core.blocks import BlockShape
 from hf_sparse.inference.kernels import get_backend
 from hf_sparse.inference.kernels.gpu.layout import GpuWeight
-from hf_sparse.inference.prepared import Prepared
+from hf_sparse.inference.layers.prepared import Prepared
 
 SHAPES = {
     "bert-base": [(768, 768), (3072, 768), (768, 3072)],

@@ -20,7 +20,7 @@ from benchmarks.gpu_decoder import Decoder, Size
 from benchmarks.gpu_record import Record
 from hf_sparse import BlockSparseLinear
 from hf_sparse.core.blocks import BlockShape, grid_shape
-from hf_sparse.core.packing import LayerFormat, pack_mask
+from hf_sparse.core.stored.packing import LayerFormat, pack_mask
 
 DTYPE = torch.bfloat16
 # Rounding in bfloat16 adds up over layers, in dense models alike.

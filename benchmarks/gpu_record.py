@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.record import dumps
-from hf_sparse.inference.environment import environment
+from hf_sparse.inference.measuring.environment import environment
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from hf_sparse import report  # noqa: E402
 from hf_sparse.inference.compress import compressed_layers  # noqa: E402
-from hf_sparse.inference.environment import environment  # noqa: E402
-from hf_sparse.inference.linear import BlockSparseLinear  # noqa: E402
+from hf_sparse.inference.layers.linear import BlockSparseLinear  # noqa: E402
+from hf_sparse.inference.measuring.environment import environment  # noqa: E402
 
 STORAGES = ("float32", "bfloat16", "int8", "int8, all else bfloat16")
 

@@ -36,9 +36,9 @@ from benchmarks.models import load as make_model  # noqa: E402
 from benchmarks.timing import CLOCKS  # noqa: E402
 from hf_sparse import compress, load_dense  # noqa: E402
 from hf_sparse.core.blocks import BlockShape, grid_shape, scale_blocks_  # noqa: E402
-from hf_sparse.core.targets import find_targets, weight_view  # noqa: E402
-from hf_sparse.inference.bench import check_close, token_inputs  # noqa: E402
-from hf_sparse.inference.environment import environment  # noqa: E402
+from hf_sparse.core.structure.targets import find_targets, weight_view  # noqa: E402
+from hf_sparse.inference.measuring.bench import check_close, token_inputs  # noqa: E402
+from hf_sparse.inference.measuring.environment import environment  # noqa: E402
 
 MODELS = ["minilm", "bert-base"]
 BLOCKS: list[BlockShape] = [(8, 1), (32, 32)]

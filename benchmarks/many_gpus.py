@@ -44,7 +44,7 @@ from transformers.utils import logging  # noqa: E402
 
 from benchmarks.training import TINY, Samples, StopAfter, TeacherBeside, run  # noqa: E402
 from hf_sparse import SparseDistillConfig, SparseDistillTrainer, plan_step  # noqa: E402
-from hf_sparse.inference.environment import environment  # noqa: E402
+from hf_sparse.inference.measuring.environment import environment  # noqa: E402
 
 ENGINES = ("ddp", "fsdp2", "hsdp", "offload")
 NO_DROPOUT: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

@@ -15,9 +15,9 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 from benchmarks import engines as make
 from hf_sparse import compress, load_dense
 from hf_sparse.core.blocks import BlockShape, grid_shape, scale_blocks_
-from hf_sparse.core.targets import find_targets, weight_view
-from hf_sparse.inference.bench import token_inputs
-from hf_sparse.inference.encoder import ENV_ENCODER, fused_encoders
+from hf_sparse.core.structure.targets import find_targets, weight_view
+from hf_sparse.inference.encoders.fused import ENV_ENCODER, fused_encoders
+from hf_sparse.inference.measuring.bench import token_inputs
 
 MODELS = ["minilm", "bert-base"]
 DENSITIES = [0.5, 0.2, 0.1, 0.05]

@@ -12,8 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hf_sparse.inference.environment import environment
 from hf_sparse.inference.kernels.cpu import status
+from hf_sparse.inference.measuring.environment import environment
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"

@@ -21,7 +21,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "examples")]
 
-from hf_sparse.inference.environment import environment  # noqa: E402
+from hf_sparse.inference.measuring.environment import environment  # noqa: E402
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "tasks.json"
 _ALWAYS = (

@@ -43,7 +43,7 @@ from transformers import (  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 from hf_sparse import SparseDistillConfig, SparseDistillTrainer  # noqa: E402
-from hf_sparse.inference.environment import environment  # noqa: E402
+from hf_sparse.inference.measuring.environment import environment  # noqa: E402
 
 TINY: dict[str, Any] = {
     "hidden_size": 32,

@@ -15,7 +15,7 @@ from tiny_task import write_model
 from transformers import AutoModelForSequenceClassification
 
 import hf_sparse  # registers the file format, so that plain from_pretrained reads it
-from hf_sparse.inference.bench import compare_models, token_inputs
+from hf_sparse.inference.measuring.bench import compare_models, token_inputs
 
 
 def load_and_time(folder: str, batches: list[int], length: int, seconds: float) -> None:

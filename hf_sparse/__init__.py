@@ -14,12 +14,12 @@ from hf_sparse.registration import register_when_imported
 from hf_sparse.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from hf_sparse.core.packing import FormatError as FormatError
     from hf_sparse.core.report import report
+    from hf_sparse.core.stored.packing import FormatError as FormatError
     from hf_sparse.inference.compress import compress, decompress
     from hf_sparse.inference.exits.crop import crop
     from hf_sparse.inference.exits.export import export
-    from hf_sparse.inference.linear import BlockSparseLinear
+    from hf_sparse.inference.layers.linear import BlockSparseLinear
     from hf_sparse.inference.loading import BlockSparseConfig, load_dense
     from hf_sparse.training.config import SparseDistillConfig
     from hf_sparse.training.distillation.distill import distillation_loss
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
     from hf_sparse.training.trainer import SparseDistillTrainer
 
 _LAZY = {
-    "FormatError": "hf_sparse.core.packing",
+    "FormatError": "hf_sparse.core.stored.packing",
     "report": "hf_sparse.core.report",
     "compress": "hf_sparse.inference.compress",
     "decompress": "hf_sparse.inference.compress",
     "crop": "hf_sparse.inference.exits.crop",
     "export": "hf_sparse.inference.exits.export",
-    "BlockSparseLinear": "hf_sparse.inference.linear",
+    "BlockSparseLinear": "hf_sparse.inference.layers.linear",
     "BlockSparseConfig": "hf_sparse.inference.loading",
     "load_dense": "hf_sparse.inference.loading",
     "SparseDistillConfig": "hf_sparse.training.config",

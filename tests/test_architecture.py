@@ -127,7 +127,7 @@ CLEAN = '"""A module."""\n\nfrom __future__ import annotations\n'
 @pytest.mark.parametrize(
     ("path", "code", "expected"),
     [
-        ("core/a.py", "from hf_sparse.inference.linear import x", "core imports inference"),
+        ("core/a.py", "from hf_sparse.inference.layers.linear import x", "core imports inference"),
         ("core/a.py", "def f():\n    '''F.'''\n    import hf_sparse.training.pruning.masks", "core imports training"),
         ("inference/a.py", "from hf_sparse.training.pruning import masks", "inference imports training"),
         ("inference/a.py", "from hf_sparse.hub.card import write_card", "inference imports hub"),

@@ -20,7 +20,7 @@ import hf_sparse
 from hf_sparse import SparseDistillConfig, plan_step
 from hf_sparse.cli import app, main
 from hf_sparse.core.blocks import expand_mask
-from hf_sparse.core.targets import find_targets, weight_view
+from hf_sparse.core.structure.targets import find_targets, weight_view
 from hf_sparse.hub.card import facts_from_folder, render_card, write_card
 from hf_sparse.hub.facts import FACTS_FILE, CardFacts, LatencyFacts
 

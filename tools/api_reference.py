@@ -27,20 +27,20 @@ MORE = {
         "hf_sparse.hub.headers": ("fetch_headers",),
     },
     "Folders": {
-        "hf_sparse.inference.streaming": ("compress_folder", "decompress_folder"),
-        "hf_sparse.core.files": ("finish_interrupted_save",),
+        "hf_sparse.inference.stored.streaming": ("compress_folder", "decompress_folder"),
+        "hf_sparse.core.stored.files": ("finish_interrupted_save",),
         "hf_sparse.core.report": ("SparsityReport", "LayerReport"),
     },
     "Exits and neighbours": {
         "hf_sparse.inference.exits.export": ("export_program",),
         "hf_sparse.inference.exits.samples": ("sample_inputs", "ExportError"),
         "hf_sparse.inference.exits.structure": ("CropError",),
-        "hf_sparse.inference.adapters": ("support_compressed",),
+        "hf_sparse.inference.layers.adapters": ("support_compressed",),
     },
     "Measuring": {
-        "hf_sparse.inference.bench": ("compare_models", "token_inputs"),
-        "hf_sparse.inference.encoder": ("fused_encoders",),
-        "hf_sparse.inference.environment": ("environment",),
+        "hf_sparse.inference.measuring.bench": ("compare_models", "token_inputs"),
+        "hf_sparse.inference.encoders.fused": ("fused_encoders",),
+        "hf_sparse.inference.measuring.environment": ("environment",),
     },
 }
 TRAINING = ("SparseDistill", "BlockMasks", "distillation_loss", "graft", "group_lasso", "plan_step")

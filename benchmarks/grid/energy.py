@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.grid.cell import Sources, load_rows
 from hf_sparse import BlockMasks
-from hf_sparse.core.targets import weight_view
+from hf_sparse.core.structure.targets import weight_view
 from hf_sparse.training.pruning.importance import activation, input_rms
 
 _ROWS = 32

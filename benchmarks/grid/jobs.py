@@ -167,7 +167,7 @@ def _take_stacks(
     import torch
 
     from benchmarks.grid.stack import OutOfTimeError
-    from hf_sparse.inference.environment import environment
+    from hf_sparse.inference.measuring.environment import environment
 
     torch.set_num_threads(1)
     about = environment(ROOT)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hf_sparse.core.packing import LayerFormat
+from hf_sparse.core.stored.packing import LayerFormat
 from hf_sparse.inference.kernels import LayerSpec
 from hf_sparse.inference.kernels.gpu.limits import takes
 

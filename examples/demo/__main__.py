@@ -26,7 +26,7 @@ from examples.demo.settings import SMOKE, Paths, Settings
 from examples.demo.training import Scores, fine_tune, floor_score, prune
 from hf_sparse.hub.card import facts_from_folder, write_card
 from hf_sparse.hub.facts import DataFacts, latency_facts
-from hf_sparse.inference.environment import environment
+from hf_sparse.inference.measuring.environment import environment
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TASK = "which package does this sentence of a docstring come from?"

@@ -20,7 +20,7 @@ import hf_sparse  # noqa: F401 (lets from_pretrained read the compressed model)
 from examples.demo.predict import pad_and_tokenize, predict_logits
 from examples.demo.settings import Paths, Settings
 from hf_sparse import decompress, report
-from hf_sparse.inference.bench import check_close, compare_models, time_interleaved
+from hf_sparse.inference.measuring.bench import check_close, compare_models, time_interleaved
 
 BATCHES = (1, 8)
 DENSE_ENGINE = "torch eager, fp32, scaled dot product attention"

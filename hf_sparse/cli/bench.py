@@ -92,7 +92,7 @@ def bench(
     with _threads(threads):
         measured = _measure(plan)
 
-        from hf_sparse.inference.environment import environment
+        from hf_sparse.inference.measuring.environment import environment
 
         command = ["hf-sparse", "bench", str(path), *(["--dense", str(dense)] if dense else [])]
         command += ["--engines", engines, *(["--compile"] if compile_dense else []), "--batch", batch]
@@ -113,10 +113,10 @@ def bench(
 def _measure(plan: _Plan) -> dict[str, Any]:
     import torch
 
-    from hf_sparse.inference.bench import compare_models, token_inputs
     from hf_sparse.inference.compress import compressed_experts, compressed_layers, decompress
-    from hf_sparse.inference.encoder import fused_encoders
-    from hf_sparse.inference.engines import make_engines
+    from hf_sparse.inference.encoders.fused import fused_encoders
+    from hf_sparse.inference.measuring.bench import compare_models, token_inputs
+    from hf_sparse.inference.measuring.engines import make_engines
 
     pruned, same = load_model(plan.path), decompress(load_model(plan.path))
     dense = load_model(plan.dense) if plan.dense else same

@@ -46,7 +46,7 @@ def compress(
     shape = _block_shape(src, block_height, block_width)
 
     def convert(staging: Path) -> None:
-        from hf_sparse.inference.streaming import NotStreamable, compress_folder, work
+        from hf_sparse.inference.stored.streaming import NotStreamable, compress_folder, work
 
         try:
             with progress(f"compressing {src}", work(src, passes=2)) as advance:
@@ -73,7 +73,7 @@ def decompress(
         raise ValueError(f"{src} is dense already.")
 
     def convert(staging: Path) -> None:
-        from hf_sparse.inference.streaming import decompress_folder, work
+        from hf_sparse.inference.stored.streaming import decompress_folder, work
 
         with progress(f"decompressing {src}", work(src, passes=1)) as advance:
             decompress_folder(src, staging, advance)

@@ -51,8 +51,8 @@ def env(as_json: Json = False, debug: Debug = False) -> None:
 
 
 def _collect() -> dict[str, Any]:
-    from hf_sparse.inference.environment import ENGINE_PACKAGES, environment, native_kernels, package_version
     from hf_sparse.inference.kernels import backend_status
+    from hf_sparse.inference.measuring.environment import ENGINE_PACKAGES, environment, native_kernels, package_version
 
     found = environment()
     return {

@@ -57,8 +57,8 @@ def write_folder(convert: Callable[[Path], None], src: Path, dst: Path, save_for
     Returns:
         The report of what was written.
     """
-    from hf_sparse.core.files import atomic_folder
     from hf_sparse.core.report import report
+    from hf_sparse.core.stored.files import atomic_folder
     from hf_sparse.hub.push import WEIGHT_FILES
 
     with atomic_folder(dst, stale=lambda name: any(fnmatch.fnmatch(name, p) for p in WEIGHT_FILES)) as staging:

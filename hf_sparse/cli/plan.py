@@ -75,7 +75,7 @@ def _read_values(config_file: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{config_file} is not a file: expected a JSON file with fields of SparseDistillConfig."
         )
-    from hf_sparse.core.reading import read_object
+    from hf_sparse.core.stored.reading import read_object
 
     return read_object(config_file)
 
@@ -105,9 +105,9 @@ def _plans(settings: SparseDistillConfig, config_file: Path, total: Any) -> list
 def _size(model: str, settings: SparseDistillConfig, revision: str | None, token: str | None) -> SparsityReport:
     from hf_sparse.cli.support import is_compressed
     from hf_sparse.core.estimate import estimate
-    from hf_sparse.core.feed_forward import find_feed_forwards, unit_overrides
-    from hf_sparse.core.targets import find_targets
-    from hf_sparse.inference.streaming import empty_model
+    from hf_sparse.core.structure.feed_forward import find_feed_forwards, unit_overrides
+    from hf_sparse.core.structure.targets import find_targets
+    from hf_sparse.inference.stored.streaming import empty_model
 
     quiet_transformers()
     folder = resolve_model(model, revision, token, weights=False)

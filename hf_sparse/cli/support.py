@@ -147,7 +147,7 @@ def is_compressed(folder: Path) -> bool:
         FileNotFoundError: if it holds no config.json.
         FormatError: if that is not JSON.
     """
-    from hf_sparse.core.reading import read_config
+    from hf_sparse.core.stored.reading import read_config
 
     quantization = read_config(folder).get("quantization_config")
     return isinstance(quantization, dict) and quantization.get("quant_method") == "hf_sparse"

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from torch import nn
 
 from hf_sparse.core.blocks import BlockShape, grid_shape
-from hf_sparse.core.fused import fused_weights
 from hf_sparse.core.report import LayerReport, SparsityReport, stored_bytes
-from hf_sparse.core.targets import assign_block_shapes, find_targets, weight_view
+from hf_sparse.core.structure.fused import fused_weights
+from hf_sparse.core.structure.targets import assign_block_shapes, find_targets, weight_view
 
 
 def estimate(

@@ -13,9 +13,7 @@ from torch import nn
 
 from hf_sparse.core.bits import Bitmap
 from hf_sparse.core.blocks import BlockShape
-from hf_sparse.core.experts import Prunable, experts_of
-from hf_sparse.core.fused import FusedWeights, fused_weights, grouped, is_fused
-from hf_sparse.core.packing import (
+from hf_sparse.core.stored.packing import (
     MASK_SUFFIX,
     QUANT_METHOD,
     FormatError,
@@ -23,8 +21,10 @@ from hf_sparse.core.packing import (
     read_layer_formats,
     unpack_mask,
 )
-from hf_sparse.core.reading import CONFIG_FILE, opened, read_config, weight_files
-from hf_sparse.core.targets import find_stacks, is_linear, weight_view
+from hf_sparse.core.stored.reading import CONFIG_FILE, opened, read_config, weight_files
+from hf_sparse.core.structure.experts import Prunable, experts_of
+from hf_sparse.core.structure.fused import FusedWeights, fused_weights, grouped, is_fused
+from hf_sparse.core.structure.targets import find_stacks, is_linear, weight_view
 
 _ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Template
 
-from hf_sparse.core.files import atomic_folder
+from hf_sparse.core.stored.files import atomic_folder
 from hf_sparse.hub.facts import FACTS_FILE, CardFacts, read_facts
 from hf_sparse.hub.filters import FILTERS, is_hub_id, template_environment
 from hf_sparse.hub.plots import draw_pictures

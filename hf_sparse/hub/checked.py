@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from hf_sparse.core.packing import FormatError
+from hf_sparse.core.stored.packing import FormatError
 
 _T = TypeVar("_T")
 
@@ -35,7 +35,7 @@ def read_dataclass(cls: type[_T], data: Any, where: str = "") -> _T:
         >>> read_dataclass(Point, {"x": 3.5})
         Traceback (most recent call last):
         ...
-        hf_sparse.core.packing.FormatError: x=3.5 must be int.
+        hf_sparse.core.stored.packing.FormatError: x=3.5 must be int.
     """
     here = where.removesuffix(".") or "the file"
     if not isinstance(data, Mapping):

@@ -14,9 +14,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_sparse.core.packing import FormatError
-from hf_sparse.core.reading import read_object
 from hf_sparse.core.report import LayerReport
+from hf_sparse.core.stored.packing import FormatError
+from hf_sparse.core.stored.reading import read_object
 from hf_sparse.hub.checked import read_dataclass
 from hf_sparse.hub.parts import CostFacts as CostFacts
 from hf_sparse.hub.parts import DataFacts as DataFacts
@@ -114,7 +114,7 @@ class CardFacts:
             >>> CardFacts.from_dict({"name": "tiny", "save_format": "dense", "seed": "3"})
             Traceback (most recent call last):
             ...
-            hf_sparse.core.packing.FormatError: seed='3' must be int.
+            hf_sparse.core.stored.packing.FormatError: seed='3' must be int.
         """
         if isinstance(data, Mapping) and isinstance(data.get("layers"), list):
             # SparsityReport.to_dict() adds a layer's sparsity for its readers; it follows from the other numbers.
@@ -170,7 +170,7 @@ def read_facts(file: str | os.PathLike[str]) -> CardFacts:
 
 
 def latency_facts(rows: Iterable[Mapping[str, Any]], hardware: str, command: str) -> tuple[LatencyFacts, ...]:
-    """Pair the rows that `inference.bench.compare_models` gave: the pruned model beside the dense one.
+    """Pair the rows that `inference.measuring.bench.compare_models` gave: the pruned model beside the dense one.
 
     Args:
         rows: for each input a "dense" row, then an "hf_sparse" row.

@@ -17,8 +17,8 @@ from huggingface_hub import constants, hf_hub_url
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-from hf_sparse.core.packing import QUANT_METHOD, FormatError, LayerFormat, read_layer_formats
-from hf_sparse.core.reading import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, read_config, shard_names, weight_files
+from hf_sparse.core.stored.packing import QUANT_METHOD, FormatError, LayerFormat, read_layer_formats
+from hf_sparse.core.stored.reading import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, read_config, shard_names, weight_files
 from hf_sparse.hub.fetch import LOOKED_AT, FetchError, fetch_model
 from hf_sparse.hub.push import persistently
 

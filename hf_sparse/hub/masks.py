@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_sparse.core.packing import QUANT_METHOD, FormatError, LayerFormat, read_layer_formats, unpack_mask
-from hf_sparse.core.reading import CONFIG_FILE, opened, read_config, weight_files
+from hf_sparse.core.stored.packing import QUANT_METHOD, FormatError, LayerFormat, read_layer_formats, unpack_mask
+from hf_sparse.core.stored.reading import CONFIG_FILE, opened, read_config, weight_files
 
 MAX_CELLS = 64
 

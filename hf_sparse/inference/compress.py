@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.core.blocks import BlockShape, expand_mask, to_blocks
-from hf_sparse.core.experts import ExpertsWeight, Prunable, experts_of
-from hf_sparse.core.formats import QUANT_METHOD, LayerFormat
-from hf_sparse.core.targets import (
+from hf_sparse.core.stored.formats import QUANT_METHOD, LayerFormat
+from hf_sparse.core.structure.experts import ExpertsWeight, Prunable, experts_of
+from hf_sparse.core.structure.targets import (
     assign_block_shapes,
     find_prunable,
     find_targets,
@@ -22,8 +22,8 @@ from hf_sparse.core.targets import (
     tiled_shape,
     weight_view,
 )
-from hf_sparse.inference.experts import BlockSparseExperts
-from hf_sparse.inference.linear import BlockSparseLinear
+from hf_sparse.inference.layers.experts import BlockSparseExperts
+from hf_sparse.inference.layers.linear import BlockSparseLinear
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def compress(model: Any, masks: Mapping[str, Tensor] | None = None, block_shape:
             those can be saved and loaded.
         masks: {name of a module, or of a parameter of fused experts: [R, C] bool, True = keep}. The blocks of a layer
             have the shape that makes its mask tile its weight, [E * O, I] for experts. None looks for zero blocks in
-            the default target layers (`core.targets.find_targets`).
+            the default target layers (`core.structure.targets.find_targets`).
         block_shape: (h, w) of the blocks to look for, -1 for the whole dimension; only where `masks` is None.
 
     Returns:
@@ -258,7 +258,7 @@ def _to_linear(layer: BlockSparseLinear) -> nn.Module:
 
 def _attach_quantizer(model: Any) -> None:
     # Both modules need the other; this one is used without transformers, too.
-    from hf_sparse.inference.encoder import fuse
+    from hf_sparse.inference.encoders.fused import fuse
     from hf_sparse.inference.loading import BlockSparseConfig, BlockSparseQuantizer
 
     config = BlockSparseConfig({name: layer.to_dict() for name, layer in compressed_tensors(model)[0].items()})
@@ -270,7 +270,7 @@ def _attach_quantizer(model: Any) -> None:
 
 
 def _detach_quantizer(model: Any) -> None:
-    from hf_sparse.inference.encoder import unfuse
+    from hf_sparse.inference.encoders.fused import unfuse
 
     unfuse(model)
     model.hf_quantizer.remove_quantization_config(model)

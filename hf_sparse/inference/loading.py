@@ -11,14 +11,14 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_sparse.core.files import interrupted_save
-from hf_sparse.core.formats import QUANT_METHOD, FormatError, LayerFormat, read_layer_formats, version_of
-from hf_sparse.inference.checkpoint import check_bitmaps, check_places, header_strings, read_headers
+from hf_sparse.core.stored.files import interrupted_save
+from hf_sparse.core.stored.formats import QUANT_METHOD, FormatError, LayerFormat, read_layer_formats, version_of
 from hf_sparse.inference.compress import compressed_tensors, decompress
-from hf_sparse.inference.direct import fill, replace_layers, unhide
-from hf_sparse.inference.encoder import fuse
+from hf_sparse.inference.encoders.fused import fuse
 from hf_sparse.inference.kernels import requested_backend, require_backend
-from hf_sparse.inference.matching import match_modules
+from hf_sparse.inference.stored.checkpoint import check_bitmaps, check_places, header_strings, read_headers
+from hf_sparse.inference.stored.direct import fill, replace_layers, unhide
+from hf_sparse.inference.stored.matching import match_modules
 
 # A damaged or hostile config may ask for more layers than could be built in a lifetime.
 MAX_LAYERS = 4096
@@ -129,7 +129,7 @@ class BlockSparseQuantizer(HfQuantizer):
             if folder and (left := interrupted_save(folder)):
                 raise FormatError(
                     f"{error} A save into this folder was interrupted; the rest of it lies in {left.name}. "
-                    f"Finish it with hf_sparse.core.files.finish_interrupted_save({folder!r})."
+                    f"Finish it with hf_sparse.core.stored.files.finish_interrupted_save({folder!r})."
                 ) from error
             raise
         replace_layers(matches, formats)

@@ -11,7 +11,7 @@ from typing import Any, Self
 from transformers import TrainingArguments
 
 from hf_sparse.core.blocks import BlockShape
-from hf_sparse.core.targets import compile_pattern
+from hf_sparse.core.structure.targets import compile_pattern
 from hf_sparse.training.distillation.layerwise import Layers, parse_layer_map
 from hf_sparse.training.presets import PRESETS
 from hf_sparse.training.schedules import SCHEDULES

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
-from hf_sparse.core.targets import find_stacks
+from hf_sparse.core.structure.targets import find_stacks
 
 if TYPE_CHECKING:
     from hf_sparse.training.config import SparseDistillConfig

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hf_sparse.core.targets import find_targets
+from hf_sparse.core.structure.targets import find_targets
 from hf_sparse.inference.compress import compressed_tensors
 from hf_sparse.inference.exits.structure import croppable_layers
 from hf_sparse.training.config import SparseDistillConfig

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from benchmarks import cpu, encoders, engines, linears
-from hf_sparse.inference.bench import MismatchError
 from hf_sparse.inference.kernels import backend_status
+from hf_sparse.inference.measuring.bench import MismatchError
 
 LINEAR = "linear --shape 64x32 --tokens 1 8 --block 8x1 8x2 --density 0.5 --threads 1 --seconds 0 --rounds 1".split()
 ENCODER = "encoder --model tiny --size 1x16 2x8 --density 0.5 0.1 --threads 1 --seconds 0 --rounds 1".split()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import against_deepsparse
-from hf_sparse.inference.bench import MismatchError
+from hf_sparse.inference.measuring.bench import MismatchError
 
 LIMITS = {"seconds": 0.0, "rounds": 1, "clock": "wall"}
 # What the modules of another environment give, as far as the script there asks.

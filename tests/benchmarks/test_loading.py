@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import loading
 from benchmarks.models import load
-from hf_sparse.inference.bench import MismatchError
+from hf_sparse.inference.measuring.bench import MismatchError
 
 
 def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

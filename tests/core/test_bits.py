@@ -9,7 +9,7 @@ import torch
 
 from hf_sparse.core import bits
 from hf_sparse.core.bits import Bitmap, Masks, masks_as_factors, pack_bits, unpack_bits
-from hf_sparse.core.packing import pack_mask, unpack_mask
+from hf_sparse.core.stored.packing import pack_mask, unpack_mask
 
 DTYPES = (torch.bool, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from hf_sparse import compress, report
 from hf_sparse.core.bits import Bitmap
-from hf_sparse.core.packing import FormatError
 from hf_sparse.core.report import SparsityReport
+from hf_sparse.core.stored.packing import FormatError
 from tests.inference import damage, models
 
 LAYER = "bert.encoder.layer.0.output.dense"

@@ -10,7 +10,7 @@ import torch
 import transformers as tf
 from torch import nn
 
-from hf_sparse.core.targets import find_targets
+from hf_sparse.core.structure.targets import find_targets
 from hf_sparse.training.distillation.graft import graft_sites
 from tests.mixtures import gpt_oss
 from tests.training.tiny import SMALL, VOCAB, llama, make_trainer, rows

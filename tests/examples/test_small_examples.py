@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import hf_sparse
-from hf_sparse.core.targets import find_targets
+from hf_sparse.core.structure.targets import find_targets
 from tests.examples.conftest import EXAMPLES
 
 

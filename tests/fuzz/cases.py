@@ -26,7 +26,7 @@ from hf_sparse.hub.facts import FACTS_FILE, CardFacts, read_facts
 from hf_sparse.hub.html import render_report
 from hf_sparse.hub.masks import read_mask_maps
 from hf_sparse.inference.compress import compressed_tensors
-from hf_sparse.inference.streaming import decompress_folder
+from hf_sparse.inference.stored.streaming import decompress_folder
 from tests.fuzz.mutations import harmless_text, mutate_safetensors, mutate_text, mutate_tree
 from tests.fuzz.oracle import NotReadable, Plain, read_dense, read_file
 from tests.hub.test_facts import FULL

@@ -32,7 +32,7 @@ _PATHS = {"open": 0, "os.listdir": 0, "os.scandir": 0, "os.remove": 0, "os.rmdir
           "os.truncate": 0, "shutil.rmtree": 0, "shutil.copyfile": 0, "shutil.move": 0}  # fmt: skip
 _CHANGES = ("os.remove", "os.rmdir", "os.mkdir", "os.rename", "os.truncate", "shutil.rmtree", "shutil.move")
 # Modules of the safetensors library are not written in Python, and what they open is no event of it.
-_OPENERS = ("hf_sparse.core.reading", "transformers.modeling_utils")
+_OPENERS = ("hf_sparse.core.stored.reading", "transformers.modeling_utils")
 
 
 class Guard:

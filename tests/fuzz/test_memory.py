@@ -20,8 +20,8 @@ import torch, transformers as tf
 import hf_sparse
 from hf_sparse import FormatError, compress
 from hf_sparse.core.blocks import scale_blocks_
-from hf_sparse.core.targets import find_targets
-from hf_sparse.inference.streaming import decompress_folder
+from hf_sparse.core.structure.targets import find_targets
+from hf_sparse.inference.stored.streaming import decompress_folder
 from tests.fuzz.guard import limit_memory
 from tests.fuzz.mutations import put_together, take_apart
 

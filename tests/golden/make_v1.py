@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_sparse import compress
 from hf_sparse.core.blocks import grid_shape, scale_blocks_
-from hf_sparse.core.targets import find_targets, weight_view
+from hf_sparse.core.structure.targets import find_targets, weight_view
 from hf_sparse.inference.compress import compressed_layers
 
 IDS = [[3, 9, 4, 1], [7, 2, 11, 5]]

@@ -14,7 +14,7 @@ import transformers as tf
 
 from hf_sparse import compress
 from hf_sparse.core.blocks import grid_shape, scale_blocks_
-from hf_sparse.core.targets import find_targets, tiled_shape, weight_view
+from hf_sparse.core.structure.targets import find_targets, tiled_shape, weight_view
 from hf_sparse.inference.compress import compressed_experts, compressed_layers
 from tests.golden.make_v1 import IDS, digest
 

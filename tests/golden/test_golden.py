@@ -15,7 +15,7 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 
 from hf_sparse import load_dense, report
-from hf_sparse.core.packing import pack
+from hf_sparse.core.stored.packing import pack
 from hf_sparse.inference.compress import compressed_experts, compressed_layers
 from tests.golden.make_v1 import digest
 

@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 
 from hf_sparse import compress
 from hf_sparse.core.blocks import expand_mask
-from hf_sparse.core.targets import find_targets, weight_view
+from hf_sparse.core.structure.targets import find_targets, weight_view
 from tests.hub.loopback_hub import LoopbackHub
 
 

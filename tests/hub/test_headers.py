@@ -10,7 +10,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from hf_sparse import FormatError, compress, report
 from hf_sparse.core.blocks import expand_mask
-from hf_sparse.core.targets import find_targets
+from hf_sparse.core.structure.targets import find_targets
 from hf_sparse.hub.fetch import FetchError, fetch_model
 from hf_sparse.hub.headers import fetch_headers
 from hf_sparse.hub.html import render_report

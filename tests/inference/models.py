@@ -11,7 +11,7 @@ import transformers as tf
 from torch import Tensor
 
 from hf_sparse.core.blocks import BlockShape, grid_shape, scale_blocks_
-from hf_sparse.core.targets import find_targets, weight_view
+from hf_sparse.core.structure.targets import find_targets, weight_view
 
 VOCAB = 50
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}

@@ -12,7 +12,7 @@ from torch import nn
 
 from hf_sparse import BlockSparseConfig, BlockSparseLinear, compress, decompress
 from hf_sparse.core.blocks import to_blocks
-from hf_sparse.core.targets import find_targets
+from hf_sparse.core.structure.targets import find_targets
 from hf_sparse.inference.compress import compressed_layers
 from tests.inference import models
 

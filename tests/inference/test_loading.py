@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import hf_sparse
 from hf_sparse import BlockSparseConfig, BlockSparseLinear, compress, load_dense
-from hf_sparse.core.packing import FormatError
+from hf_sparse.core.stored.packing import FormatError
 from hf_sparse.inference.compress import compressed_layers
 from hf_sparse.inference.kernels import get_backend
 from tests.inference import models

@@ -71,7 +71,7 @@ def test_hidden_states_of_grafted_layers_are_recorded(tmp_path: Path, name: str)
 
 
 def _stack_names(model: Any) -> list[str]:
-    from hf_sparse.core.targets import find_stacks
+    from hf_sparse.core.structure.targets import find_stacks
 
     return [f"{name}." for name in find_stacks(model)]
 

@@ -13,7 +13,7 @@ import transformers as tf
 from torch import nn
 
 from hf_sparse import SparseDistillTrainer, graft
-from hf_sparse.core.targets import find_targets
+from hf_sparse.core.structure.targets import find_targets
 from hf_sparse.training.distillation.distill import attention_loss, hidden_loss
 from hf_sparse.training.distillation.graft import graft_sites
 from hf_sparse.training.distillation.layerwise import compared_layers

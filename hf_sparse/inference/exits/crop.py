@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_sparse.core.targets import is_conv1d, is_linear, weight_view
+from hf_sparse.core.structure.targets import is_conv1d, is_linear, weight_view
 from hf_sparse.inference.compress import compressed_layers, decompress
 from hf_sparse.inference.exits.dead import Dead, dead_heads, dead_units
 from hf_sparse.inference.exits.structure import CropError, CroppableLayer, Heads, croppable_layers

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_sparse.core.targets import weight_view
+from hf_sparse.core.structure.targets import weight_view
 from hf_sparse.inference.exits.structure import CroppableLayer
 
 

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_sparse.core.files import atomic_folder
-from hf_sparse.inference.bench import MismatchError, check_close
+from hf_sparse.core.stored.files import atomic_folder
 from hf_sparse.inference.compress import compressed_experts, compressed_layers, decompress
 from hf_sparse.inference.exits.crop import crop as crop_model
 from hf_sparse.inference.exits.onnx import write_onnx
 from hf_sparse.inference.exits.samples import ExportError, Plain, dynamic_axes, output_names, sample_inputs
 from hf_sparse.inference.exits.structure import CropError, croppable_layers
+from hf_sparse.inference.measuring.bench import MismatchError, check_close
 
 logger = logging.getLogger(__name__)
 

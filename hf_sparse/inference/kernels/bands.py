@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_sparse.core.packing import FormatError
+from hf_sparse.core.stored.packing import FormatError
 from hf_sparse.inference.kernels.registry import BlockIndex
 
 MAX_INDEX = 2**31 - 1
@@ -81,7 +81,7 @@ def to_bands(values: Tensor, index: BlockIndex, *, lanes: int = 0, pairs: bool =
         FormatError: if the weight has too many columns for 32-bit indices.
 
     Example:
-        >>> from hf_sparse.core.packing import LayerFormat
+        >>> from hf_sparse.core.stored.packing import LayerFormat
         >>> layer = LayerFormat(block_shape=(1, 1), kept=3, dense_shape=(2, 9))
         >>> index = BlockIndex(layer=layer, rows=torch.tensor([0, 1, 1]), cols=torch.tensor([8, 0, 5]))
         >>> bands = to_bands(torch.tensor([4.0, 5.0, 6.0]).view(3, 1, 1), index)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hf_sparse.core.packing import FormatError
+from hf_sparse.core.stored.packing import FormatError
 from hf_sparse.inference.kernels import library
 from hf_sparse.inference.kernels.bands import CHUNK, MAX_INDEX, Bands, Chunks, to_bands, to_chunks
 from hf_sparse.inference.kernels.cpu_limits import density_limit, few_tokens

@@ -45,7 +45,7 @@ def density_limit(spec: LayerSpec, tiles: bool) -> float:
         tiles: whether the kernels use matrix tiles for bfloat16.
 
     Example:
-        >>> from hf_sparse.core.packing import LayerFormat
+        >>> from hf_sparse.core.stored.packing import LayerFormat
         >>> layer = LayerFormat(block_shape=(8, 1), kept=10, dense_shape=(64, 64))
         >>> density_limit(LayerSpec(layer, torch.device("cpu"), torch.float32), tiles=False)
         0.7

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse.core.blocks import to_blocks
-from hf_sparse.core.packing import FormatError, LayerFormat
+from hf_sparse.core.stored.packing import FormatError, LayerFormat
 from hf_sparse.inference.kernels import library
 from hf_sparse.inference.kernels.bands import to_bands, to_chunks
 from hf_sparse.inference.kernels.cpu import PAIRS_ISAS, TILES_ISA, CpuWeight, check_bands

@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from hf_sparse.core.packing import FormatError, LayerFormat, unpack_mask
+from hf_sparse.core.stored.packing import FormatError, LayerFormat, unpack_mask
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class BlockIndex:
         """Read a bitmap.
 
         Args:
-            bitmap: uint8, as in `core.packing.pack_mask`.
+            bitmap: uint8, as in `core.stored.packing.pack_mask`.
             layer: the geometry it must fit.
 
         Raises:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hf_sparse.core.packing import FormatError
+from hf_sparse.core.stored.packing import FormatError
 from hf_sparse.training.pruning.masks import BlockMasks
 
 STATE_FILE = "sparsity_state.safetensors"

@@ -14,7 +14,7 @@ from transformers.modelcard import TASK_MAPPING
 from hf_sparse.core.report import report
 from hf_sparse.hub.facts import CardFacts, CostFacts, DataFacts, MetricFacts, recipe_facts
 from hf_sparse.hub.history import history_facts
-from hf_sparse.inference.environment import environment
+from hf_sparse.inference.measuring.environment import environment
 from hf_sparse.training.distributed import plain_class
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_sparse.core.files import atomic_folder
+from hf_sparse.core.stored.files import atomic_folder
 from hf_sparse.inference.compress import compress
 from hf_sparse.inference.exits.crop import crop
 

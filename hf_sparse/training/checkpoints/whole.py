@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_sparse.core.files import flush
+from hf_sparse.core.stored.files import flush
 
 MANIFEST = "checkpoint_complete.json"
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")

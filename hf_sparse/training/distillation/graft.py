@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_sparse.core.targets import find_stacks
+from hf_sparse.core.structure.targets import find_stacks
 from hf_sparse.training.distributed import plain_class
 
 # What a model computes once from its config and hands to every layer: rotary positions, windows of attention.

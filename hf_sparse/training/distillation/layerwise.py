@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_sparse.core.targets import find_stacks
+from hf_sparse.core.structure.targets import find_stacks
 from hf_sparse.training.distillation.predictions import output
 
 # One entry per student layer: the 0-based teacher layer that it learns from, or None for none.

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hf_sparse.core.packing import FormatError
+from hf_sparse.core.stored.packing import FormatError
 from hf_sparse.training.distributed import sum_over_ranks, world_size
 
 FILE = "hidden_projections.safetensors"

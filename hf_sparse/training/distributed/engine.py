@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from hf_sparse.core.experts import ExpertsWeight, Prunable
-from hf_sparse.core.targets import find_stacks
+from hf_sparse.core.structure.experts import ExpertsWeight, Prunable
+from hf_sparse.core.structure.targets import find_stacks
 from hf_sparse.training.distributed.ranks import on_wire
 from hf_sparse.training.distributed.shards import reshard
 

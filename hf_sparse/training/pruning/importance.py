@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.core.blocks import BlockShape, block_norms
-from hf_sparse.core.experts import ExpertsWeight, Prunable
-from hf_sparse.core.targets import weight_view
+from hf_sparse.core.structure.experts import ExpertsWeight, Prunable
+from hf_sparse.core.structure.targets import weight_view
 from hf_sparse.training.distributed import sum_over_ranks, uncompiled
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from hf_sparse.core.bits import Bitmap, Masks, masks_as_factors, pack_bits
 from hf_sparse.core.blocks import BlockShape, grid_shape
-from hf_sparse.core.experts import Prunable
-from hf_sparse.core.targets import assign_block_shapes, find_targets, grad_view, weight_view
+from hf_sparse.core.structure.experts import Prunable
+from hf_sparse.core.structure.targets import assign_block_shapes, find_targets, grad_view, weight_view
 from hf_sparse.training.distributed import norms_of_blocks, pruned_are_zero, scale_blocks_of_
 from hf_sparse.training.pruning.importance import magnitudes
 

@@ -9,9 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from hf_sparse.core.feed_forward import FeedForward, find_feed_forwards, unit_overrides
-from hf_sparse.core.fused import fused_weights
-from hf_sparse.core.targets import assign_block_shapes, find_targets, grad_view, weight_view
+from hf_sparse.core.structure.feed_forward import FeedForward, find_feed_forwards, unit_overrides
+from hf_sparse.core.structure.fused import fused_weights
+from hf_sparse.core.structure.targets import assign_block_shapes, find_targets, grad_view, weight_view
 from hf_sparse.training.config import SparseDistillConfig
 from hf_sparse.training.distributed import (
     add_scaled_blocks_,

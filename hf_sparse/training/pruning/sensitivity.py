@@ -12,8 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from hf_sparse.core.experts import Prunable
-from hf_sparse.core.targets import oriented
+from hf_sparse.core.structure.experts import Prunable
+from hf_sparse.core.structure.targets import oriented
 from hf_sparse.training.distributed import is_sharded
 
 DECAY = 0.999  # Adam's usual beta2

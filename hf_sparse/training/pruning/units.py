@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hf_sparse.core.feed_forward import FeedForward
+from hf_sparse.core.structure.feed_forward import FeedForward
 
 
 def tie_scores(scores: Mapping[str, Tensor], parts: Sequence[FeedForward]) -> dict[str, Tensor]:

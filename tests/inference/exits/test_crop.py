@@ -14,7 +14,7 @@ import transformers as tf
 from torch import Tensor, nn
 
 from hf_sparse import compress, crop
-from hf_sparse.core.targets import weight_view
+from hf_sparse.core.structure.targets import weight_view
 from hf_sparse.inference.compress import compressed_layers
 from hf_sparse.inference.exits.structure import CropError, croppable_layers
 from tests.inference import models

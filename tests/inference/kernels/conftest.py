@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_sparse.core.packing import LayerFormat, pack_mask
+from hf_sparse.core.stored.packing import LayerFormat, pack_mask
 from hf_sparse.inference.kernels.build import find_compiler
 from hf_sparse.inference.kernels.library import load_library
 from hf_sparse.inference.kernels.registry import BlockIndex

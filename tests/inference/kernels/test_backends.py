@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse.core.blocks import expand_mask, grid_shape
-from hf_sparse.core.packing import LayerFormat, pack
+from hf_sparse.core.stored.packing import LayerFormat, pack
 from hf_sparse.inference.kernels import BlockIndex, LayerSpec, block_sparse_linear, get_backend, to_dense
 from hf_sparse.inference.kernels.reference import ACTIVATIONS, activate
 

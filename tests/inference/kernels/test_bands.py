@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_sparse.core.packing import FormatError, LayerFormat
+from hf_sparse.core.stored.packing import FormatError, LayerFormat
 from hf_sparse.inference.kernels.bands import CHUNK, Bands, to_bands, to_chunks
 from hf_sparse.inference.kernels.reference import to_dense
 from hf_sparse.inference.kernels.registry import BlockIndex

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_sparse.core.packing import FormatError, LayerFormat
+from hf_sparse.core.stored.packing import FormatError, LayerFormat
 from hf_sparse.inference.kernels import block_sparse_linear, cpu_limits, library
 from hf_sparse.inference.kernels.bands import Bands
 from hf_sparse.inference.kernels.cpu import CpuBackend, CpuWeight, check_bands, status

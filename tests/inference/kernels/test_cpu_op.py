@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_sparse.core.packing import FormatError
+from hf_sparse.core.stored.packing import FormatError
 from hf_sparse.inference.kernels.bands import Bands
 from hf_sparse.inference.kernels.cpu import CpuBackend
 from hf_sparse.inference.kernels.reference import activate, to_dense

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hf_sparse import BlockSparseLinear
 from hf_sparse.core.blocks import expand_mask, scale_blocks_, to_blocks
-from hf_sparse.core.packing import FormatError, LayerFormat
+from hf_sparse.core.stored.packing import FormatError, LayerFormat
 from hf_sparse.inference.kernels import BlockIndex, LayerSpec, backend_status, block_sparse_linear, to_dense
 from hf_sparse.inference.kernels.reference import ACTIVATIONS, activate
 from tests.inference.kernels.conftest import random_layer

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_sparse.core.packing import LayerFormat
+from hf_sparse.core.stored.packing import LayerFormat
 from hf_sparse.inference.kernels import BlockIndex, LayerSpec
 
 if importlib.util.find_spec("triton") is None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_sparse.core.packing import FormatError, LayerFormat, pack_mask
+from hf_sparse.core.stored.packing import FormatError, LayerFormat, pack_mask
 from hf_sparse.inference.kernels import registry
 from hf_sparse.inference.kernels.registry import (
     CHOICES,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_sparse.core.packing import FormatError
+from hf_sparse.core.stored.packing import FormatError
 from hf_sparse.inference.kernels import library
 from hf_sparse.inference.kernels.bands import Chunks
 from hf_sparse.inference.kernels.cpu import CpuBackend, CpuWeight, check_bands

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_sparse.core.targets import find_targets
+from hf_sparse.core.structure.targets import find_targets
 from hf_sparse.training.pruning.importance import activation, input_rms
 from hf_sparse.training.pruning.pruner import Pruner
 from hf_sparse.training.schedules import plan_step

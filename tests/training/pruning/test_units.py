@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_sparse.core.feed_forward import FeedForward
+from hf_sparse.core.structure.feed_forward import FeedForward
 from hf_sparse.training.pruning.units import tie_scores
 from tests.training.families import family_batch, family_model, family_rows
 from tests.training.tiny import bert, make_trainer, pruned_zero, rows

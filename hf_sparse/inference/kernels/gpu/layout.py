@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_sparse.core.packing import FormatError
+from hf_sparse.core.stored.packing import FormatError
 from hf_sparse.inference.kernels.registry import BlockIndex
 
 MAX_INDEX = 2**31 - 1
@@ -110,7 +110,7 @@ def forward_side(index: BlockIndex) -> Side:
     """List the blocks of every band of output rows.
 
     Example:
-        >>> from hf_sparse.core.packing import LayerFormat
+        >>> from hf_sparse.core.stored.packing import LayerFormat
         >>> layer = LayerFormat(block_shape=(8, 4), kept=3, dense_shape=(24, 8))
         >>> side = forward_side(BlockIndex(layer, torch.tensor([0, 2, 2]), torch.tensor([1, 0, 1])))
         >>> side.table.tolist(), side.column.tolist()

@@ -1,0 +1,1 @@
+"""What lies on disk: config entries, packed weights, JSON, whole files."""

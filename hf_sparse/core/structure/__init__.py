@@ -1,0 +1,1 @@
+"""What a model is made of: stacks, linears, experts, feed-forward parts."""

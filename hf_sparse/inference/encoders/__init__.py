@@ -1,0 +1,1 @@
+"""Whole encoders in one native call."""

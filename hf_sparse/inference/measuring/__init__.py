@@ -1,0 +1,1 @@
+"""How fast a model is, beside which engines, and on what machine."""

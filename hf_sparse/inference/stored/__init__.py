@@ -1,0 +1,1 @@
+"""Compressed folders: checked, read into a model, and written a tensor at a time."""
