@@ -273,6 +273,35 @@ def test_compress_refuses_a_wrong_block_shape(
     assert not (tmp_path / "out").exists()
 
 
+def test_compress_where_a_block_shape_does_not_fit_all_layers(
+    cli: Callable[..., Done], dense: Path, tmp_path: Path
+) -> None:
+    # 32 rows lie in the intermediate layers alone; the error names the options that help, and they do.
+    refused = cli("compress", dense, tmp_path / "out", "--block-height", 32)
+    assert_refused(refused, "32 does not divide the 16 .*block_overrides, or leave it out with exclude_modules")
+    model = AutoModelForSequenceClassification.from_pretrained(dense)
+    with torch.no_grad():
+        for layer in model.bert.encoder.layer:
+            layer.intermediate.dense.weight[:, :5] = 0.0
+    model.save_pretrained(dense)
+    others = r".*(attention|output).*"
+    told = json.loads(
+        cli("compress", dense, tmp_path / "a", "--block-height", 32, "--exclude-modules", others, "--json").out
+    )
+    found = {(layer["name"].split(".")[-2], *layer["block_shape"]) for layer in told["layers"]}
+    assert found == {("intermediate", 32, 1)}
+    overrides = json.dumps({r".*intermediate\.dense": [32, 1]})
+    told = json.loads(cli("compress", dense, tmp_path / "b", "--block-overrides", overrides, "--json").out)
+    shapes = {layer["name"]: tuple(layer["block_shape"]) for layer in told["layers"]}
+    assert shapes.pop("bert.encoder.layer.0.intermediate.dense") == (32, 1)
+    assert shapes["bert.encoder.layer.0.attention.self.query"] == (8, 1)
+    assert torch.allclose(logits(dense), logits(tmp_path / "b"), atol=1e-6)
+    assert_refused(cli("compress", dense, tmp_path / "c", "--block-overrides", "32"), "block_overrides='32' must map")
+    assert_refused(
+        cli("compress", dense, tmp_path / "c", "--exclude-modules", "x"), "exclude_modules='x' matches none"
+    )
+
+
 @pytest.mark.parametrize("command", ["compress", "decompress"])
 def test_a_destination_that_holds_something(cli: Callable[..., Done], small: Path, command: str) -> None:
     source = small if command == "decompress" else small.parent / "dense"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -35,6 +35,15 @@ def compress(
     block_width: Annotated[
         int | None, typer.Option(help="Input columns per block, -1 = all. (default: as recorded in SRC, else 1)")
     ] = None,
+    block_overrides: Annotated[
+        str | None,
+        typer.Option(
+            help='JSON: other shapes for the layers whose whole name a regex matches, {".*query": [16, 16]}.'
+        ),
+    ] = None,
+    exclude_modules: Annotated[
+        str | None, typer.Option(help="Regex: layers that stay dense, where it matches the whole name.")
+    ] = None,
     force: Force = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -44,16 +53,17 @@ def compress(
     if is_compressed(src):
         raise ValueError(f"{src} is compressed already: `hf-sparse report {src}` shows its layers.")
     shape = _block_shape(src, block_height, block_width)
+    choice = _choice(exclude_modules, block_overrides)
 
     def convert(staging: Path) -> None:
         from hf_sparse.inference.stored.streaming import NotStreamable, compress_folder, work
 
         try:
             with progress(f"compressing {src}", work(src, passes=2)) as advance:
-                found = bool(compress_folder(src, staging, shape, advance))
+                found = bool(compress_folder(src, staging, shape, advance, **choice))
         except NotStreamable as error:
             typer.echo(f"{src}: {error}; it is loaded as a whole.", err=True)
-            found = _compress_in_memory(src, staging, shape)
+            found = _compress_in_memory(src, staging, shape, choice)
         if not found:
             raise ValueError(
                 f"{src} has no zero block of {shape[0]} x {shape[1]} to leave out: name the shape it was pruned with "
@@ -81,14 +91,20 @@ def decompress(
     _show(write_folder(convert, src, dst, "dense"), dst, as_json)
 
 
-def _compress_in_memory(src: Path, staging: Path, shape: BlockShape) -> bool:
+def _compress_in_memory(src: Path, staging: Path, shape: BlockShape, choice: dict[str, Any]) -> bool:
     """Let transformers read what only it can bring into the names of today; whether there was a zero block."""
     from hf_sparse.inference.compress import compress as compress_model
     from hf_sparse.inference.compress import compressed_tensors
 
-    model = compress_model(load_model(src), block_shape=shape)
+    model = compress_model(load_model(src), block_shape=shape, **choice)
     model.save_pretrained(staging)
     return bool(compressed_tensors(model)[0])
+
+
+def _choice(exclude_modules: str | None, block_overrides: str | None) -> dict[str, Any]:
+    from hf_sparse.core.structure.overrides import parse_block_overrides
+
+    return {"exclude_modules": exclude_modules, "block_overrides": parse_block_overrides(block_overrides)}
 
 
 def _block_shape(src: Path, height: int | None, width: int | None) -> BlockShape:

@@ -16,6 +16,10 @@ BlockShape = tuple[int, int]
 _ROWS_ONE_BY_ONE = 8  # highest blocks whose squares the CPU sums up row by row
 
 
+class TilingError(ValueError):
+    """A block shape does not divide a weight that it was meant for; another shape for that weight would help."""
+
+
 def resolve_block_shape(block_shape: BlockShape, weight_shape: tuple[int, int]) -> BlockShape:
     """Replace -1 by the whole dimension and check that the blocks tile the weight.
 
@@ -27,12 +31,18 @@ def resolve_block_shape(block_shape: BlockShape, weight_shape: tuple[int, int]) 
         (h, w), both positive, h dividing O and w dividing I.
 
     Raises:
-        ValueError: if h or w is 0, below -1, or does not divide its dimension.
+        ValueError: if the shape is no pair, or h or w is 0 or below -1.
+        TilingError: if h or w does not divide its dimension; a ValueError, too.
 
     Example:
         >>> resolve_block_shape((8, -1), (16, 12))
         (8, 12)
     """
+    if not isinstance(block_shape, tuple | list) or len(block_shape) != 2:
+        raise ValueError(
+            f"block_shape={block_shape!r} is no block shape: use a pair (h, w) of output rows and input columns, such "
+            f"as (8, 1), with -1 for the whole dimension."
+        )
     resolved = []
     for name, size, dim, side in zip(
         ("block_height", "block_width"), block_shape, weight_shape, ("output rows", "input columns"), strict=True
@@ -41,10 +51,9 @@ def resolve_block_shape(block_shape: BlockShape, weight_shape: tuple[int, int]) 
             raise ValueError(f"{name}={size!r} is not a block size: use a positive integer, or -1 for all {side}.")
         size = dim if size == -1 else size
         if dim % size:
-            raise ValueError(
+            raise TilingError(
                 f"{name}={size} does not divide the {dim} {side} of a weight of shape {tuple(weight_shape)} "
-                f"({dim} % {size} = {dim % size}). Pick a divisor of {dim}, give this layer its own shape in "
-                f"block_overrides, or leave it out with exclude_modules."
+                f"({dim} % {size} = {dim % size}). Pick a divisor of {dim}."
             )
         resolved.append(size)
     return resolved[0], resolved[1]

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_sparse.core.bits import Bitmap
 from hf_sparse.core.blocks import BlockShape
 from hf_sparse.core.stored.packing import (
     MASK_SUFFIX,
@@ -22,9 +21,10 @@ from hf_sparse.core.stored.packing import (
     unpack_mask,
 )
 from hf_sparse.core.stored.reading import CONFIG_FILE, opened, read_config, weight_files
+from hf_sparse.core.structure.carried import carried_mask, follows_mask
 from hf_sparse.core.structure.experts import Prunable, experts_of
 from hf_sparse.core.structure.fused import FusedWeights, fused_weights, grouped, is_fused
-from hf_sparse.core.structure.targets import find_stacks, is_linear, weight_view
+from hf_sparse.core.structure.targets import find_stacks_or_compressed, is_linear, weight_view
 
 _ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
@@ -68,12 +68,15 @@ class SparsityReport:
         dense_bytes: bytes of all tensors if every layer were dense.
         not_pruned: fused weights inside the layers that cannot be pruned, such as experts laid out [E, I, O]; they
             count in both sizes.
+        stale_masks: layers with a mask from an earlier pruning whose pruned blocks are not zero any more: something
+            trained or changed them since. They are reported as dense.
     """
 
     layers: list[LayerReport]
     bytes: int
     dense_bytes: int
     not_pruned: tuple[FusedWeights, ...] = ()
+    stale_masks: tuple[str, ...] = ()
 
     @property
     def sparsity(self) -> float:
@@ -83,7 +86,7 @@ class SparsityReport:
         return 1.0 - kept / total if total else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain numbers, lists and strings, ready for JSON; "not_pruned" is there where something is."""
+        """Give plain numbers, lists and strings, ready for JSON; "not_pruned" and "stale_masks" if not empty."""
         layers = [{**asdict(layer), "sparsity": layer.sparsity} for layer in self.layers]
         found: dict[str, Any] = {
             "sparsity": self.sparsity,
@@ -93,6 +96,8 @@ class SparsityReport:
         }
         if self.not_pruned:
             found["not_pruned"] = [{**asdict(kind), "shape": list(kind.shape)} for kind in self.not_pruned]
+        if self.stale_masks:
+            found["stale_masks"] = list(self.stale_masks)
         return found
 
     def __str__(self) -> str:
@@ -119,6 +124,11 @@ class SparsityReport:
             f"{len(self.layers)} layers, sparsity {self.sparsity:.2%}; "
             f"whole model {self.bytes:,} of {self.dense_bytes:,} bytes ({share:.1%})"
         )
+        if self.stale_masks:
+            lines.append(
+                f"{len(self.stale_masks)} layer(s) changed since they were pruned and are reported as dense: blocks "
+                f"that the mask on {self.stale_masks[0]} prunes are not zero any more"
+            )
         return "\n".join([*lines, *map(str, self.not_pruned)])
 
 
@@ -149,7 +159,8 @@ def report(model_or_path: nn.Module | str | os.PathLike[str]) -> SparsityReport:
 def _report_model(model: nn.Module) -> SparsityReport:
     names = find_stacks_or_compressed(model)
     stacks = tuple(name + "." for name in names)
-    layers = []
+    layers: list[LayerReport] = []
+    stale: list[str] = []
     for name, module in model.named_modules():
         if hasattr(module, "layer_formats"):
             for part, layer in module.layer_formats().items():
@@ -158,14 +169,15 @@ def _report_model(model: nn.Module) -> SparsityReport:
         if hasattr(module, "weight" + MASK_SUFFIX):
             layers.append(_compressed_layer(name, module.layer_format(), module.weight.element_size()))
         elif name.startswith(stacks):
-            layers += [_dense_layer(name, module)] if is_linear(module) else []
-            layers += [_dense_layer(full, weight) for full, weight in experts_of(name, module)]
+            layers += [_dense_layer(name, module, stale)] if is_linear(module) else []
+            layers += [_dense_layer(full, weight, stale) for full, weight in experts_of(name, module)]
     stored = stored_bytes(model)
     return SparsityReport(
         layers=layers,
         bytes=stored,
         dense_bytes=stored + sum(x.dense_bytes - x.bytes for x in layers),
         not_pruned=tuple(fused_weights(model, names)),
+        stale_masks=tuple(stale),
     )
 
 
@@ -177,24 +189,14 @@ def stored_bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def find_stacks_or_compressed(model: nn.Module) -> list[str]:
-    """Name the stacks of a model, whether its linears are dense or compressed already."""
-    names = list(find_stacks(model))
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and any(_is_compressed(m) for m in module.modules()):
-            names.append(name)
-    return names
-
-
-def _is_compressed(module: nn.Module) -> bool:
-    return hasattr(module, "weight" + MASK_SUFFIX) or hasattr(module, "layer_formats")
-
-
-def _dense_layer(name: str, module: Prunable) -> LayerReport:
+def _dense_layer(name: str, module: Prunable, stale: list[str]) -> LayerReport:
     weight = weight_view(module).detach()
     size = weight.numel() * weight.element_size()
     shape = (weight.shape[0], weight.shape[1])
-    bitmap: Bitmap | None = getattr(module, "block_mask", None)
+    bitmap = carried_mask(module)
+    if bitmap is not None and not follows_mask(module, bitmap):
+        stale.append(name)
+        bitmap = None
     if bitmap is not None:
         block_shape = (shape[0] // bitmap.grid[0], shape[1] // bitmap.grid[1])
         kept, total = int(bitmap.mask().sum()), bitmap.num_blocks

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hf_sparse.core.blocks import BlockShape, expand_mask, to_blocks
 from hf_sparse.core.stored.formats import QUANT_METHOD, LayerFormat
 from hf_sparse.core.structure.experts import ExpertsWeight, Prunable, experts_of
+from hf_sparse.core.structure.readers import refuse_read_without_call
 from hf_sparse.core.structure.targets import (
     assign_block_shapes,
     find_prunable,
@@ -28,7 +29,14 @@ from hf_sparse.inference.layers.linear import BlockSparseLinear
 logger = logging.getLogger(__name__)
 
 
-def compress(model: Any, masks: Mapping[str, Tensor] | None = None, block_shape: BlockShape | None = None) -> Any:
+def compress(
+    model: Any,
+    masks: Mapping[str, Tensor] | None = None,
+    block_shape: BlockShape | None = None,
+    *,
+    exclude_modules: str | None = None,
+    block_overrides: Mapping[str, BlockShape] | None = None,
+) -> Any:
     """Leave the pruned blocks of a model out of storage.
 
     Layers without a pruned block stay as they are. After it `save_pretrained` writes the format of docs/format.md.
@@ -40,13 +48,16 @@ def compress(model: Any, masks: Mapping[str, Tensor] | None = None, block_shape:
             have the shape that makes its mask tile its weight, [E * O, I] for experts. None looks for zero blocks in
             the default target layers (`core.structure.targets.find_targets`).
         block_shape: (h, w) of the blocks to look for, -1 for the whole dimension; only where `masks` is None.
+        exclude_modules: regular expression, whole name: layers in which no zero blocks are looked for.
+        block_overrides: {regular expression of whole names: (h, w)} for layers pruned in blocks of another shape.
 
     Returns:
         The same model.
 
     Raises:
         ValueError: if a weight outside its mask is not zero, a mask does not fit its layer, or a layer cannot be
-            compressed: shared with another, offloaded, no plain linear, compressed already. The model is unchanged.
+            compressed: shared with another, offloaded, no plain linear, read by its module without a call, compressed
+            already. The model is unchanged.
 
     Example:
         >>> stack = nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(2))
@@ -61,9 +72,12 @@ def compress(model: Any, masks: Mapping[str, Tensor] | None = None, block_shape:
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(f"the model is quantized with {model.hf_quantizer.quantization_config.quant_method!r}.")
     if masks is None and block_shape is not None:
-        masks = _find_zero_blocks(model, block_shape)
-    elif masks is None or block_shape is not None:
-        raise ValueError("compress needs either masks, or the block_shape of the zero blocks to look for.")
+        masks = _find_zero_blocks(model, block_shape, exclude_modules, block_overrides)
+    elif masks is None or block_shape is not None or exclude_modules is not None or block_overrides:
+        raise ValueError(
+            "compress needs either masks, or the block_shape of the zero blocks to look for; exclude_modules and "
+            "block_overrides go with the latter."
+        )
     packed = {name: found for name, mask in masks.items() if (found := _checked(model, name, mask)) is not None}
     replacements = _replacements(packed)
     for name, layer in replacements.items():
@@ -163,9 +177,11 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def _find_zero_blocks(model: nn.Module, block_shape: BlockShape) -> dict[str, Tensor]:
-    targets = find_targets(model)
-    shapes = assign_block_shapes(targets, block_shape)
+def _find_zero_blocks(
+    model: nn.Module, block_shape: BlockShape, exclude: str | None, overrides: Mapping[str, BlockShape] | None
+) -> dict[str, Tensor]:
+    targets = find_targets(model, exclude_modules=exclude)
+    shapes = assign_block_shapes(targets, block_shape, overrides)
     # Not by norm: the square of a small weight is zero before the weight is.
     return {
         name: to_blocks(weight_view(module).detach() != 0, shapes[name]).any(dim=3).any(dim=2)
@@ -197,7 +213,10 @@ def _checked(model: nn.Module, name: str, mask: Tensor) -> tuple[Prunable, Tenso
             f"{name}: {lost} weights in pruned blocks of {block_shape} are not zero and would be lost. "
             f"Set them to zero before compress, or keep their blocks in masks[{name!r}]."
         )
-    return None if mask.all() else (target, mask, format_of(target, block_shape, int(mask.sum())))
+    if mask.all():
+        return None
+    refuse_read_without_call(model, name)
+    return target, mask, format_of(target, block_shape, int(mask.sum()))
 
 
 def _replacements(packed: Mapping[str, tuple[Prunable, Tensor, LayerFormat]]) -> dict[str, nn.Module]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -11,6 +10,7 @@ from typing import Any, Self
 from transformers import TrainingArguments
 
 from hf_sparse.core.blocks import BlockShape
+from hf_sparse.core.structure.overrides import parse_block_overrides
 from hf_sparse.core.structure.targets import compile_pattern
 from hf_sparse.training.distillation.layerwise import Layers, parse_layer_map
 from hf_sparse.training.presets import PRESETS
@@ -229,26 +229,7 @@ class SparseDistillConfig(TrainingArguments):
     @property
     def shape_overrides(self) -> dict[str, BlockShape]:
         """`block_overrides` parsed: {regular expression: (h, w)}."""
-        if self.block_overrides is None:
-            return {}
-        try:
-            parsed = (
-                json.loads(self.block_overrides) if isinstance(self.block_overrides, str) else self.block_overrides
-            )
-        except json.JSONDecodeError as error:
-            raise ValueError(f"block_overrides={self.block_overrides!r} is not JSON: {error}") from error
-        good = isinstance(parsed, dict) and all(
-            isinstance(shape, list | tuple) and len(shape) == 2 and all(map(_is_block_size, shape))
-            for shape in parsed.values()
-        )
-        if not good:
-            raise ValueError(
-                f"block_overrides={self.block_overrides!r} must map regular expressions to [height, width], "
-                f'positive integers or -1, as in {{".*query": [16, 16]}}.'
-            )
-        for pattern in parsed:
-            compile_pattern("block_overrides", pattern)
-        return {pattern: (shape[0], shape[1]) for pattern, shape in parsed.items()}
+        return parse_block_overrides(self.block_overrides)
 
     @property
     def teacher_layers(self) -> Layers | None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from hf_sparse.core.structure.readers import reader_of
 from hf_sparse.core.structure.targets import find_targets
 from hf_sparse.inference.compress import compressed_tensors
 from hf_sparse.inference.exits.structure import croppable_layers
@@ -109,27 +110,16 @@ def refuse_unsupported_model(model: nn.Module, config: SparseDistillConfig) -> N
 
 
 def _refuse_linears_read_by_their_parent(model: nn.Module, config: SparseDistillConfig) -> None:
-    read = {
-        f"{name}.{child}" if name else child: type(parent).__name__
-        for name, parent in model.named_modules()
-        for child in _READ_BY_PARENT.get(type(parent).__name__, ())
-    }
+    read = {name: reader for name, _ in model.named_modules() if (reader := reader_of(model, name))}
     if not read:
         return
     if picked := [name for name in find_targets(model, config.target_modules, config.exclude_modules) if name in read]:
         names = "|".join(sorted({name.rpartition(".")[2] for name in picked}))
         raise ValueError(
-            f"{read[picked[0]]} reads the weight of {picked[0]} without calling it, so that the model would not run "
-            f"once that is compressed. Leave {len(picked)} layer(s) of this kind out with "
+            f"{read[picked[0]]} reads the weight of {picked[0]} without calling it, so that the model "
+            f"would not run once that is compressed. Leave {len(picked)} layer(s) of this kind out with "
             f"exclude_modules=r'.*({names})', or use save_format='dense'."
         )
-
-
-# Modules of transformers that use the weights of linears by themselves: {class: names of the linears inside}.
-_READ_BY_PARENT = {
-    **dict.fromkeys(("MambaMixer", "FalconMambaMixer", "JambaMambaMixer"), ("dt_proj",)),
-    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
-}
 
 
 def refuse_unsupported_optimizer(trainer: SparseDistillTrainer) -> None:

@@ -71,6 +71,11 @@ def test_minus_one_is_the_whole_dimension(block: tuple[int, int], resolved: tupl
         ((True, 1), "block_height=True is not a block size"),
         ((2.0, 1), "block_height=2.0 is not a block size"),
         (("8", 1), "block_height='8' is not a block size"),
+        ((4,), r"block_shape=\(4,\) is no block shape: use a pair \(h, w\)"),
+        ((4, 1, 1), r"block_shape=\(4, 1, 1\) is no block shape"),
+        (4, "block_shape=4 is no block shape: use a pair"),
+        ("8x1", "block_shape='8x1' is no block shape"),
+        (None, "block_shape=None is no block shape"),
     ],
 )
 def test_shapes_that_do_not_tile(block: Any, message: str) -> None:

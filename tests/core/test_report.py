@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -8,10 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hf_sparse import compress, report
+from hf_sparse import BlockMasks, compress, report
 from hf_sparse.core.bits import Bitmap
 from hf_sparse.core.report import SparsityReport
 from hf_sparse.core.stored.packing import FormatError
+from hf_sparse.core.structure.targets import find_targets
 from tests.inference import damage, models
 
 LAYER = "bert.encoder.layer.0.output.dense"
@@ -73,6 +75,35 @@ def test_masks_of_a_model_in_training_give_the_blocks() -> None:
     model.get_submodule(LAYER).block_mask = Bitmap(masks[LAYER])
     layer = next(layer for layer in report(model).layers if layer.name == LAYER)
     assert (layer.block_shape, layer.kept_blocks) == ((4, 1), int(masks[LAYER].sum()))
+
+
+def test_masks_that_the_weights_have_left_do_not_count() -> None:
+    model = models.make("bert")
+    masks = BlockMasks.for_model(model, (4, 1))
+    masks.choose(0.5)
+    masks.apply_()
+    assert (report(model).sparsity, report(model).stale_masks) == (0.5, ())
+    before = str(report(model))
+    with torch.no_grad():
+        model.get_submodule(LAYER).weight.fill_(0.1)
+    result = report(model)
+    layer = by_name(result)[LAYER]
+    assert (layer.block_shape, layer.kept_blocks, layer.total_blocks) == ((1, 1), 16 * 32, 16 * 32)
+    assert result.stale_masks == (LAYER,)
+    assert result.sparsity == pytest.approx(0.5 * (1 - 16 * 32 / 4096))
+    said = f"1 layer(s) changed since they were pruned and are reported as dense: blocks that the mask on {LAYER}"
+    assert said in str(result) and "changed" not in before
+    assert json.loads(json.dumps(result.to_dict()))["stale_masks"] == [LAYER]
+    # Compressed in memory, the layer stays dense, and its mask goes with it.
+    again = report(compress(copy.deepcopy(model), block_shape=(4, 1)))
+    assert again.stale_masks == (LAYER,) and again.sparsity == result.sparsity
+
+
+def test_masks_on_the_meta_device_are_trusted() -> None:
+    model = models.make("bert").to("meta")
+    for module in find_targets(model).values():
+        module.block_mask = Bitmap(torch.rand(module.weight.shape[0] // 4, module.weight.shape[1]) < 0.5)
+    assert report(model).stale_masks == () and 0.3 < report(model).sparsity < 0.7
 
 
 def test_dtypes_and_shards(tmp_path: Path) -> None:

@@ -291,6 +291,45 @@ def test_layers_whose_weight_is_read_without_calling_them() -> None:
     refused(model, "nn.TransformerEncoderLayer reads the weight itself", {"layers.0.linear1": mask})
 
 
+def test_linears_that_mamba_reads_are_refused_by_hand_as_well() -> None:
+    torch.manual_seed(0)
+    config = tf.MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, state_size=4, time_step_rank=4)
+    model = tf.MambaForCausalLM(config).eval()
+    name = "backbone.layers.1.mixer.dt_proj"
+    with torch.no_grad():
+        model.get_submodule(name).weight[:4] = 0.0
+        model.get_submodule("backbone.layers.0.mixer.in_proj").weight[:4] = 0.0
+    mask = torch.ones(8, 4, dtype=torch.bool)
+    mask[0] = False
+    message = rf"MambaMixer reads the weight of {name} without calling it"
+    refused(model, message, {name: mask})
+    refused(model, message, block_shape=(4, 1))
+    ids = torch.arange(3, 8)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        compress(model, block_shape=(4, 1), exclude_modules=r".*dt_proj")
+        assert set(compressed_layers(model)) == {"backbone.layers.0.mixer.in_proj"}
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_zero_blocks_of_several_shapes_are_found() -> None:
+    model = stack()
+    with torch.no_grad():
+        model["layer"][0][0].weight[:2] = 0.0
+        model["layer"][1][0].weight[:, :2] = 0.0
+    other: dict[str, Any] = {"block_shape": (2, 8), "block_overrides": {"x": (4, 2)}}
+    refused(model, "block_overrides pattern 'x' matches none", **other)
+    refused(model, "either masks, or the block_shape", {}, exclude_modules="layer.0.0")
+    compress(model, block_shape=(2, 8), block_overrides={r"layer\.1\.0": (4, 2)})
+    shapes = {name: layer.layer_format().block_shape for name, layer in compressed_layers(model).items()}
+    assert shapes == {"layer.0.0": (2, 8), "layer.1.0": (4, 2)}
+
+
+@pytest.mark.parametrize("shape", [4, (4,)])
+def test_block_shapes_that_are_no_pair(shape: Any) -> None:
+    refused(models.make("bert"), rf"{Q}: block_shape=\(?4,?\)? is no block shape: use a pair", block_shape=shape)
+
+
 def test_weights_that_are_not_at_hand() -> None:
     refused(stack().to("meta"), "layer.0.0 is offloaded", {"layer.0.0": torch.ones(4, 8, dtype=torch.bool)})
     with pytest.raises(ValueError, match="layer.0.0 is offloaded"):

@@ -36,6 +36,10 @@ def build(folder: Path, model: Any = None, teacher: Any = None, **given: Any) ->
         ),
         ({"block_overrides": '{".*output.*": [3, 1]}'}, r"output\.dense: block_height=3 does not divide"),
         ({"block_height": 16, "block_width": 16}, r"sparsity=0\.8 would remove all of .*: it has 1 block"),
+        (
+            {"sparsity": 0.9999, "sparsity_scope": "global"},
+            r"sparsity=0\.9999 would remove all 1024 blocks of the 12 target layers",
+        ),
     ],
 )  # fmt: skip
 def test_layers_and_blocks(tmp_path: Path, given: dict[str, Any], message: str) -> None:

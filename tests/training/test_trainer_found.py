@@ -12,14 +12,25 @@ import torch
 import transformers as tf
 from torch import nn
 
-from hf_sparse import SparseDistillTrainer, graft
+from hf_sparse import SparseDistillTrainer, graft, report
 from hf_sparse.core.structure.targets import find_targets
 from hf_sparse.training.distillation.distill import attention_loss, hidden_loss
 from hf_sparse.training.distillation.graft import graft_sites
 from hf_sparse.training.distillation.layerwise import compared_layers
 from hf_sparse.training.pruning.pruner import Pruner
 from hf_sparse.training.support import predicts_next
-from tests.training.tiny import SMALL, bert, llama, make_trainer, pruned_zero, rows, sparse_config, stirred, weights_of
+from tests.training.tiny import (
+    SMALL,
+    bert,
+    llama,
+    make_trainer,
+    pad,
+    pruned_zero,
+    rows,
+    sparse_config,
+    stirred,
+    weights_of,
+)
 
 
 def gpt2() -> tf.GPT2LMHeadModel:
@@ -237,3 +248,16 @@ def test_linears_that_their_module_reads_without_calling_are_refused_by_name(tmp
     with torch.no_grad():
         expected, found = trainer.model.eval()(ids).logits, loaded(ids).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_plain_run_after_the_pruning_is_told_from_it(tmp_path: Path) -> None:
+    trainer = make_trainer(bert(), tmp_path / "sparse", rows("classes", 8), sparsity=0.5)
+    trainer.train()
+    model = trainer.model
+    assert (report(model).sparsity, report(model).stale_masks) == (0.5, ())
+    args = tf.TrainingArguments(
+        str(tmp_path / "plain"), learning_rate=1e-2, max_steps=2, use_cpu=True, report_to="none", save_strategy="no"
+    )
+    tf.Trainer(model, args, train_dataset=rows("classes", 8), data_collator=pad).train()
+    found = report(model)
+    assert found.sparsity < 0.01 and len(found.stale_masks) == 12 and "reported as dense" in str(found)

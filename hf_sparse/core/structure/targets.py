@@ -1,20 +1,22 @@
 """Which linear layers are pruned, found from the structure of a model and never from its class name.
 
 A transformer is a stack: an `nn.ModuleList` whose entries are modules of one class with linear layers inside. The
-outermost such lists are the stacks; the linears and fused experts inside them are the default targets. Embeddings,
-poolers and heads stand outside a stack and are therefore left alone.
+outermost such lists are the stacks; the linears and fused experts inside them are the default targets, without linears
+of a single output. Embeddings, poolers and heads stand outside a stack and are therefore left alone.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from hf_sparse.core.blocks import BlockShape, resolve_block_shape
+from hf_sparse.core.blocks import BlockShape, TilingError, resolve_block_shape
+from hf_sparse.core.stored.formats import MASK_SUFFIX
 from hf_sparse.core.structure.experts import ExpertsWeight, Prunable, experts_of
+from hf_sparse.core.structure.readers import is_read_elsewhere
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -80,13 +82,31 @@ def find_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
         {name: list}, in the model's own order: "bert.encoder.layer" for BERT, "encoder.block" and "decoder.block"
         for T5, "model.layers" for Llama.
     """
+    return _lists_of_layers(model, is_linear)
+
+
+def find_stacks_or_compressed(model: nn.Module) -> list[str]:
+    """Name the stacks of a model, whether its linears are dense or compressed already."""
+    names = list(find_stacks(model))
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and any(_is_compressed(m) for m in module.modules()):
+            names.append(name)
+    return names
+
+
+def _is_compressed(module: nn.Module) -> bool:
+    return hasattr(module, "weight" + MASK_SUFFIX) or hasattr(module, "layer_formats")
+
+
+def _lists_of_layers(model: nn.Module, counts: Callable[[nn.Module], bool]) -> dict[str, nn.ModuleList]:
+    """Find the outermost lists of modules of one class, in each of which some module counts."""
     stacks: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         inside_a_stack = any(name.startswith(stack + ".") for stack in stacks)
         if isinstance(module, nn.ModuleList) and len(module) and not inside_a_stack:
             one_class = len({type(child) for child in module}) == 1
             # A list of bare linears is a set of heads, not a stack of layers.
-            holds_linears = all(any(is_linear(m) for m in child.modules() if m is not child) for child in module)
+            holds_linears = all(any(counts(m) for m in child.modules() if m is not child) for child in module)
             if one_class and holds_linears:
                 stacks[name] = module
     return stacks
@@ -100,7 +120,8 @@ def find_targets(
     Args:
         model: any module tree.
         target_modules: regular expression that has to match the whole name of the module (as in PEFT), or of the
-            parameter of fused experts. None takes all of both inside the stacks that `find_stacks` finds.
+            parameter of fused experts. None takes all of both inside the stacks that `find_stacks` finds, but for
+            linears with a single output: gates and scores, of which there is nothing to spare.
         exclude_modules: regular expression, whole name; what it matches is left out.
 
     Returns:
@@ -118,6 +139,7 @@ def find_targets(
     """
     linears = find_prunable(model)
     if not linears:
+        _refuse_subclasses(model, linears)
         raise ValueError(
             f"{type(model).__name__} has no nn.Linear or Conv1D layer, so there is nothing to prune. "
             f"Is it compressed already? hf_sparse.decompress(model) gives plain linears back."
@@ -126,16 +148,18 @@ def find_targets(
     if target_modules is None:
         stacks = find_stacks(model)
         if not stacks:
+            _refuse_subclasses(model, linears)
             raise ValueError(
                 f"{type(model).__name__} has no nn.ModuleList of repeated layers, so the layers to prune cannot be "
                 f"found by themselves. Name them with target_modules; the first linears are {_first(linears)}."
             )
-        usable = {n: m for n, m in linears.items() if n not in shared and not _is_read_elsewhere(model, n)}
-        targets = {n: m for n, m in usable.items() if any(n.startswith(s + ".") for s in stacks)}
+        inside = {n: m for n, m in linears.items() if any(n.startswith(s + ".") for s in stacks)}
+        usable = {n: m for n, m in inside.items() if n not in shared and not is_read_elsewhere(model, n)}
+        targets = {n: m for n, m in usable.items() if weight_view(m).shape[0] > 1}
         if not targets:
             raise ValueError(
                 f"{type(model).__name__} has no linear layer that could be pruned inside {_first(stacks)}: their "
-                f"weights are shared, or read by a module that does not call the linear."
+                f"weights are shared, or read by a module that does not call the linear, or have a single row."
             )
     else:
         pattern = compile_pattern("target_modules", target_modules)
@@ -156,7 +180,7 @@ def find_targets(
         targets = {n: m for n, m in targets.items() if n not in set(excluded)}
         if not targets:
             raise ValueError(f"exclude_modules={exclude_modules!r} leaves no layer to prune.")
-    if read := [n for n in targets if _is_read_elsewhere(model, n)]:
+    if read := [n for n in targets if is_read_elsewhere(model, n)]:
         raise ValueError(
             f"target_modules={target_modules!r} picks {_first(read)}, whose weight nn.TransformerEncoderLayer reads "
             f"by itself, so that it could not be compressed. Leave it out with exclude_modules."
@@ -206,6 +230,11 @@ def assign_block_shapes(
             )
         try:
             shapes[name] = resolve_block_shape(next(iter(matching.values()), block_shape), tiled_shape(module))
+        except TilingError as error:
+            raise TilingError(
+                f"{name}: {error} Or give this layer its own shape in block_overrides, or leave it out with "
+                f"exclude_modules."
+            ) from error
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     return shapes
@@ -226,9 +255,16 @@ def compile_pattern(field: str, pattern: str) -> re.Pattern[str]:
         raise ValueError(f"{field}={pattern!r} is not a regular expression: {error}") from error
 
 
-def _is_read_elsewhere(model: nn.Module, name: str) -> bool:
-    # Its fast path takes the weights of its linears without calling them.
-    return isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer)
+def _refuse_subclasses(model: nn.Module, linears: Mapping[str, Prunable]) -> None:
+    """Say so where layers are there, but their linears are none that `is_linear` takes."""
+    for stack, layers in _lists_of_layers(model, lambda module: isinstance(module, nn.Linear)).items():
+        found = next((n, m) for n, m in layers.named_modules() if isinstance(m, nn.Linear))
+        plain = f" The plain ones outside are {_first(linears)}: target_modules picks them." if linears else ""
+        raise ValueError(
+            f"The linears inside {stack} of {type(model).__name__} are subclasses of nn.Linear, such as "
+            f"{stack}.{found[0]}, a {type(found[1]).__name__}. They may compute something else than nn.Linear and are "
+            f"not pruned; where they compute the same, put nn.Linear in their places.{plain}"
+        )
 
 
 def _shared_linears(model: nn.Module, linears: dict[str, Prunable]) -> set[str]:

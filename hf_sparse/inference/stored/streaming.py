@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,6 +25,7 @@ from hf_sparse.core.stored.packing import (
     version_of,
 )
 from hf_sparse.core.stored.reading import read_config, weight_files
+from hf_sparse.core.structure.readers import refuse_read_without_call
 from hf_sparse.core.structure.targets import assign_block_shapes, find_targets
 from hf_sparse.inference.compress import format_of
 from hf_sparse.inference.loading import BlockSparseConfig
@@ -85,7 +86,13 @@ def work(source: Path, passes: int) -> int:
 
 
 def compress_folder(
-    source: Path, target: Path, block_shape: BlockShape, advance: Advance = lambda size: None
+    source: Path,
+    target: Path,
+    block_shape: BlockShape,
+    advance: Advance = lambda size: None,
+    *,
+    exclude_modules: str | None = None,
+    block_overrides: Mapping[str, BlockShape] | None = None,
 ) -> dict[str, LayerFormat]:
     """Write a compressed copy of a dense model: weights, index and config.json. Exact.
 
@@ -94,6 +101,7 @@ def compress_folder(
         target: an existing folder.
         block_shape: (h, w) of the zero blocks to look for, -1 for the whole dimension.
         advance: called with the number of bytes that were dealt with, `work(source, 2)` in all at most.
+        exclude_modules, block_overrides: as for `inference.compress.compress`.
 
     Returns:
         {layer: geometry} of the compressed layers; empty, and nothing written, where no block is zero.
@@ -101,7 +109,8 @@ def compress_folder(
     Raises:
         NotStreamable: if the tensors have other names or shapes than the model's, as those of some old checkpoints.
         FileNotFoundError, FormatError: if the folder is not whole.
-        ValueError: if a block shape does not tile its layer, or the model is quantized.
+        ValueError: if a block shape does not tile its layer, a pattern matches none, a pruned linear is read by its
+            module without a call, or the model is quantized.
     """
     layout = _Layout(source)
     if quantization := layout.config.get("quantization_config"):
@@ -111,13 +120,14 @@ def compress_folder(
     bitmaps: dict[str, Tensor] = {}
     model = empty_model(source)
     _compare(model, layout)
-    targets = find_targets(model)
-    for name, shape in assign_block_shapes(targets, block_shape).items():
+    targets = find_targets(model, exclude_modules=exclude_modules)
+    for name, shape in assign_block_shapes(targets, block_shape, block_overrides).items():
         whole = format_of(targets[name], shape)
         raw = layout.tensors[whole.weight_key(name)]
         mask = to_blocks(_oriented(raw, whole) != 0, shape).any(dim=3).any(dim=2)
         advance(raw.size)
         if not mask.all():
+            refuse_read_without_call(model, name)
             formats[name] = replace(whole, kept=int(mask.sum()))
             bitmaps[whole.mask_key(name)] = pack_mask(mask)
     if not formats:

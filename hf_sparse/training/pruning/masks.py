@@ -8,14 +8,16 @@ takes one bit per block; it is spread out where it is used. Each target also car
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_sparse.core.bits import Bitmap, Masks, masks_as_factors, pack_bits
-from hf_sparse.core.blocks import BlockShape, grid_shape
-from hf_sparse.core.structure.experts import Prunable
-from hf_sparse.core.structure.targets import assign_block_shapes, find_targets, grad_view, weight_view
+from hf_sparse.core.blocks import BlockShape, TilingError, grid_shape, resolve_block_shape
+from hf_sparse.core.structure.experts import ExpertsWeight, Prunable
+from hf_sparse.core.structure.targets import find_targets, grad_view, tiled_shape, weight_view
 from hf_sparse.training.distributed import norms_of_blocks, pruned_are_zero, scale_blocks_of_
 from hf_sparse.training.pruning.importance import magnitudes
 
@@ -30,7 +32,8 @@ class BlockMasks:
         scope: "layer" = every weight has its own budget; "global" = all blocks compete for one.
 
     Raises:
-        ValueError: for an unknown scope or a shape that does not tile its layer.
+        TypeError: if the targets are no mapping of names to layers with a weight matrix.
+        ValueError: for an unknown scope, or a block shape that is missing or does not tile its layer.
 
     Example:
         >>> linear = nn.Linear(4, 2, bias=False)
@@ -51,10 +54,8 @@ class BlockMasks:
     ) -> None:
         if scope not in ("layer", "global"):
             raise ValueError(f'scope={scope!r} is not known: use "layer" or "global".')
-        self.targets = dict(targets)
-        if not isinstance(block_shapes, Mapping):
-            block_shapes = assign_block_shapes(self.targets, block_shapes)
-        self.block_shapes = {name: block_shapes[name] for name in self.targets}
+        self.targets = _checked_targets(targets)
+        self.block_shapes = {name: _shape_for(name, target, block_shapes) for name, target in self.targets.items()}
         self.scope = scope
         self._bitmaps: dict[str, Bitmap] = {}
         self.started = False
@@ -99,12 +100,23 @@ class BlockMasks:
         return sum(self._removed_weights(name) for name in self.masks) / total if total else 0.0
 
     def check_budgets(self, sparsity: float) -> None:
-        """Refuse a sparsity that would leave some layer without a single block.
+        """Refuse a sparsity that would leave some layer, under scope "global" the whole model, without any block.
 
         Raises:
-            ValueError: naming the layer, under scope "layer".
+            ValueError: naming the layer, or the number of blocks in all of them.
         """
-        if self.scope == "layer":
+        if self.scope == "global":
+            sizes = {name: h * w for name, (h, w) in self.block_shapes.items()}
+            blocks = sum(bitmap.num_blocks for bitmap in self._bitmaps.values())
+            # One by one where blocks are of one size, else by their weights: as `_keep_globally` counts them.
+            mixed = len(set(sizes.values())) > 1
+            total = sum(self._bitmaps[name].num_blocks * sizes[name] for name in sizes) if mixed else blocks
+            if sparsity and total and _num_removed(total, sparsity) >= total:
+                raise ValueError(
+                    f"sparsity={sparsity} would remove all {blocks} blocks of the {len(sizes)} target layers, which "
+                    f'share one budget (sparsity_scope="global"). Use a lower sparsity or smaller blocks.'
+                )
+        else:
             for name, bitmap in self._bitmaps.items():
                 count = bitmap.num_blocks
                 if sparsity and _num_removed(count, sparsity) == count:
@@ -123,12 +135,19 @@ class BlockMasks:
             scores: {name: [R, C]}, higher = kept longer; None = magnitude.
 
         Raises:
-            ValueError: if sparsity is out of range or a score's shape does not fit.
+            ValueError: if sparsity is no number in this range, or scores are missing, do not fit or hold NaN. Looking
+                for NaN waits for the device, as an update of masks may.
         """
-        if not 0.0 <= sparsity < 1.0:
-            raise ValueError(f"sparsity={sparsity!r} must be in [0, 1).")
+        given: Any = sparsity
+        if not isinstance(given, Real) or not 0.0 <= sparsity < 1.0:
+            raise ValueError(f"sparsity={sparsity!r} must be in [0, 1): the fraction of blocks to remove, a number.")
         ranked = {}
         scores = magnitudes(self.norms(), self.block_shapes) if scores is None else scores
+        if missing := [name for name in self.targets if name not in scores]:
+            raise ValueError(
+                f"scores hold nothing for {missing[0]} ({len(missing)} of {len(self.targets)} targets are missing): "
+                f"give one tensor [R, C] for each target."
+            )
         for name, weight in self.weights():
             mask, score = self._bitmaps[name].move(weight.device).mask(), scores[name]
             if score.shape != mask.shape:
@@ -137,6 +156,13 @@ class BlockMasks:
                 )
             # Below every score, so that what is pruned stays pruned whatever the scores say.
             ranked[name] = torch.where(mask, score, float("-inf")).reshape(-1)
+        # NaN ranks nowhere: a layer full of it would lose nothing, and nobody would know.
+        if unknown := [name for name, score in ranked.items() if bool(score.isnan().any())]:
+            raise ValueError(
+                f"the scores of {unknown[0]} hold NaN, and so do those of {len(unknown)} target layer(s), so that "
+                f"blocks cannot be ranked. Weights, gradients or inputs that they were made from are not finite: "
+                f"where training diverged, lower the learning rate or resume from an earlier checkpoint."
+            )
         keep = self._keep_globally(ranked, sparsity) if self.scope == "global" else {
             name: _keep_highest(score, _num_removed(score.numel(), sparsity)) for name, score in ranked.items()
         }  # fmt: skip
@@ -224,6 +250,37 @@ class BlockMasks:
         for (_, dtype), bitmaps in kinds.items():
             for name, factors in masks_as_factors(bitmaps, dtype):
                 scale_blocks_of_(tensors[name], factors, self.block_shapes[name])
+
+
+def _checked_targets(targets: Any) -> dict[str, Prunable]:
+    if not isinstance(targets, Mapping):
+        raise TypeError(
+            f"targets must map names to linears, found a {type(targets).__name__}: pass {{name: linear}}, or let "
+            f"BlockMasks.for_model(model, block_shape) find them."
+        )
+    for name, target in targets.items():
+        weight = getattr(target, "weight", None)
+        if not isinstance(target, ExpertsWeight) and not (isinstance(weight, Tensor) and weight.ndim == 2):
+            found = f"a weight of shape {list(weight.shape)}" if isinstance(weight, Tensor) else "no weight"
+            raise TypeError(
+                f"target {name} is a {type(target).__name__} with {found}: only weights [O, I] are pruned, of "
+                f"nn.Linear, Conv1D of transformers, or fused experts. Leave it out of the targets."
+            )
+    return dict(targets)
+
+
+def _shape_for(name: str, target: Prunable, block_shapes: Any) -> BlockShape:
+    if isinstance(block_shapes, Mapping) and name not in block_shapes:
+        raise ValueError(
+            f"block_shapes hold nothing for {name}: give {{name: (h, w)}} for each target, or one (h, w) for all."
+        )
+    try:
+        shape = block_shapes[name] if isinstance(block_shapes, Mapping) else block_shapes
+        return resolve_block_shape(shape, tiled_shape(target))
+    except TilingError as error:
+        raise TilingError(f"{name}: {error} Or give each target its own: block_shapes={{name: (h, w)}}.") from error
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _num_removed(num_blocks: int, sparsity: float) -> int:

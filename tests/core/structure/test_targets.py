@@ -117,6 +117,40 @@ def test_subclasses_of_linear_are_left_alone() -> None:
     assert list(find_targets(nn.ModuleDict({"layers": layers}))) == ["layers.0.0", "layers.1.0"]
 
 
+def falcon() -> tf.FalconForCausalLM:
+    return tf.FalconForCausalLM(
+        tf.FalconConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    )
+
+
+def test_layers_of_subclasses_are_named() -> None:
+    message = (
+        r"linears inside transformer\.h of FalconForCausalLM are subclasses of nn\.Linear, such as "
+        r"transformer\.h\.0\.self_attention\.query_key_value, a FalconLinear.* outside are lm_head: target_modules"
+    )
+    with pytest.raises(ValueError, match=message):
+        find_targets(falcon())
+    with pytest.raises(ValueError, match=r"linears inside h of FalconModel .* a FalconLinear\..* in their places\.$"):
+        find_targets(falcon().transformer)
+
+
+def test_linears_with_one_output_are_no_targets_unless_they_are_asked_for() -> None:
+    config = tf.Qwen2MoeConfig(
+        vocab_size=VOCAB, **SMALL, num_key_value_heads=1, num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=16, shared_expert_intermediate_size=16,
+    )  # fmt: skip
+    model = tf.Qwen2MoeForCausalLM(config)
+    gates = [name for name, _ in model.named_modules() if name.endswith("shared_expert_gate")]
+    assert len(gates) == 2
+    targets = find_targets(model)
+    assert not set(gates) & set(targets) and "model.layers.0.mlp.shared_expert.up_proj" in targets
+    assert assign_block_shapes(targets, (8, 1))
+    assert list(find_targets(model, r".*shared_expert_gate")) == gates
+    only = nn.ModuleDict({"layers": nn.ModuleList(nn.Sequential(nn.Linear(4, 1)) for _ in range(2))})
+    with pytest.raises(ValueError, match=r"no linear layer .* pruned inside layers: .* or have a single row"):
+        find_targets(only)
+
+
 def test_conv1d_is_read_output_rows_first() -> None:
     conv, linear = Conv1D(6, 4), nn.Linear(4, 6)
     assert is_conv1d(conv)
@@ -200,7 +234,8 @@ def test_every_target_gets_its_shape() -> None:
     [
         ({"x": (1, 1)}, r"block_overrides pattern 'x' matches none of the 2 target layers .* first are q, k"),
         ({"q": (1, 1), ".": (2, 1)}, r"block_overrides give q more than one shape"),
-        ({"k": (3, 1)}, r"k: block_height=3 does not divide the 4 output rows"),
+        ({"k": (3, 1)}, r"k: block_height=3 does not divide the 4 output rows .* in block_overrides, or leave it out"),
+        ({"k": (3,)}, r"k: block_shape=\(3,\) is no block shape.*dimension\.$"),
         ({"k": (1, 3)}, r"k: block_width=3 does not divide the 8 input columns"),
         ({"(": (1, 1)}, r"block_overrides='\(' is not a regular expression"),
     ],

@@ -19,6 +19,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -289,3 +291,21 @@ def assert_same_weights(first: Path, second: Path) -> None:
         ours, others = load_file(file), load_file(second / file.name)
         assert ours.keys() == others.keys()
         assert all(torch.equal(ours[name], others[name]) for name in ours)
+
+
+def test_linears_that_their_module_reads_are_refused_by_name(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, state_size=4, time_step_rank=4)
+    model = MambaForCausalLM(config)
+    with torch.no_grad():
+        for layer in model.backbone.layers:
+            layer.mixer.dt_proj.weight[:8] = 0.0
+            layer.mixer.in_proj.weight[:8] = 0.0
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "out").mkdir()
+    model.save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match=r"MambaMixer reads the weight of backbone\.layers\.0\.mixer\.dt_proj"):
+        compress_folder(tmp_path / "dense", tmp_path / "out", (4, 1))
+    assert not list((tmp_path / "out").iterdir())
+    formats = compress_folder(tmp_path / "dense", tmp_path / "out", (4, 1), exclude_modules=r".*dt_proj")
+    assert list(formats) == [f"backbone.layers.{i}.mixer.in_proj" for i in range(2)]

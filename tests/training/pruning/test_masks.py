@@ -201,6 +201,14 @@ def test_many_layers_are_zeroed_in_several_goes(monkeypatch: pytest.MonkeyPatch)
     assert masks.is_applied()
 
 
+def choose(sparsity: Any) -> None:
+    shaped((2, 1)).choose(sparsity)
+
+
+def shaped(shape: Any) -> BlockMasks:
+    return BlockMasks(linears(a=(8, 4)), shape)
+
+
 def other(name: str, mask: Tensor) -> Any:
     masks = BlockMasks(linears(a=(8, 4)), (2, 1))
     return lambda: masks.load_state_dict({name: mask})
@@ -217,6 +225,19 @@ def other(name: str, mask: Tensor) -> Any:
             lambda: BlockMasks(linears(a=(8, 4)), (2, 1)).choose(0.5, {"a": torch.ones(2, 4)}),
             r"scores of a have shape \[2, 4\], its grid is \[4, 4\]",
         ),
+        (lambda: choose("0.5"), r"sparsity='0\.5' must be in \[0, 1\): the fraction of blocks to remove, a number"),
+        (
+            lambda: BlockMasks(linears(a=(8, 4), b=(8, 4)), (2, 1)).choose(0.5, {"a": torch.ones(4, 4)}),
+            r"scores hold nothing for b \(1 of 2 targets are missing\)",
+        ),
+        (
+            lambda: BlockMasks(linears(a=(8, 4)), (2, 1)).choose(0.5, {"a": torch.full((4, 4), float("nan"))}),
+            r"the scores of a hold NaN, and so do those of 1 target layer",
+        ),
+        (lambda: BlockMasks(linears(a=(8, 4), b=(8, 4)), {"a": (2, 1)}), r"block_shapes hold nothing for b: give"),
+        (lambda: shaped((4,)), r"a: block_shape=\(4,\) is no block shape"),
+        (lambda: shaped({"a": 4}), r"a: block_shape=4 is no block shape"),
+        (lambda: BlockMasks(linears(a=(8, 4)), (3, 1)), r"a: block_height=3 .* block_shapes=\{name: \(h, w\)\}"),
         (other("b", torch.ones(4, 4, dtype=torch.bool)), r"a is not among the saved masks"),
         (other("a", torch.ones(2, 4, dtype=torch.bool)), r"mask of a .*\[2, 4\].*needs torch\.bool of shape \[4, 4\]"),
         (other("a", torch.ones(4, 4)), r"saved mask of a is torch\.float32"),
@@ -232,6 +253,50 @@ def test_a_budget_that_takes_a_whole_layer_is_refused_by_name() -> None:
     masks.check_budgets(0.4)
     with pytest.raises(ValueError, match=r"sparsity=0\.9 would remove all of coarse: it has 1 block"):
         masks.check_budgets(0.9)
+
+
+def test_a_global_budget_that_takes_everything_is_refused() -> None:
+    masks = BlockMasks(linears(a=(8, 4), b=(4, 4)), (4, 1), scope="global")
+    # 12 blocks: at 11.4 of them one is left, at 11.5 none.
+    masks.check_budgets(0.95)
+    masks.choose(0.95)
+    assert sum(removed(masks).values()) == 11
+    with pytest.raises(ValueError, match=r'0\.96 would remove all 12 blocks of the 2 target layers.*"global"'):
+        masks.check_budgets(0.96)
+    mixed = BlockMasks(linears(a=(8, 4), b=(4, 4)), {"a": (4, 1), "b": (1, 1)}, scope="global")
+    # 48 weights, of which a block of one weight may be the last.
+    mixed.check_budgets(0.98)
+    mixed.choose(0.98)
+    assert removed(mixed) != {"a": 8, "b": 16}
+    with pytest.raises(ValueError, match=r"sparsity=0\.99 would remove all 24 blocks"):
+        mixed.check_budgets(0.99)
+
+
+@pytest.mark.parametrize(("targets", "message"), [
+    (nn.Linear(4, 4), r"targets must map names to linears, found a Linear: pass \{name: linear\}.*for_model"),
+    ([("a", nn.Linear(4, 4))], r"targets must map names to linears, found a list"),
+    ({"a": nn.Conv2d(4, 4, 3)}, r"target a is a Conv2d with a weight of shape \[4, 4, 3, 3\]: only weights \[O, I\]"),
+    ({"a": nn.ReLU()}, r"target a is a ReLU with no weight"),
+    ({"a": torch.ones(4, 4)}, r"target a is a Tensor with no weight"),
+])  # fmt: skip
+def test_targets_that_are_none(targets: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        BlockMasks(targets, (2, 1))
+
+
+def test_shapes_given_by_name_may_hold_minus_one() -> None:
+    masks = BlockMasks(linears(a=(8, 4)), {"a": (-1, 1)})
+    assert masks.block_shapes == {"a": (8, 1)}
+    masks.choose(0.5)
+    masks.apply_()
+    assert masks.is_applied() and masks.sparsity == 0.5
+
+
+def test_nan_in_what_is_pruned_already_does_not_matter() -> None:
+    masks = BlockMasks(linears(a=(8, 4)), (8, 1))
+    masks.choose(0.25, {"a": torch.tensor([[0.0, 1.0, 2.0, 3.0]])})
+    masks.choose(0.5, {"a": torch.tensor([[float("nan"), 1.0, 2.0, 3.0]])})
+    assert masks.masks["a"].tolist() == [[False, False, True, True]]
 
 
 def test_off_target_names_the_layer() -> None:

@@ -238,3 +238,9 @@ def test_penalty_reaches_a_layer_that_was_grafted_away(tmp_path: Path) -> None:
 def test_mistakes_are_refused_by_name(weight: Tensor, coef: Tensor | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         group_lasso(weight, (4, 1), coef)
+
+
+@pytest.mark.parametrize("shape", [4, (4,)])
+def test_a_block_shape_that_is_no_pair(shape: Any) -> None:
+    with pytest.raises(ValueError, match=r"block_shape=\(?4,?\)? is no block shape: use a pair \(h, w\)"):
+        group_lasso(torch.ones(8, 8), shape)
