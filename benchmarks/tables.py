@@ -18,11 +18,14 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from benchmarks.layouts import gpu, speed, tasks, training  # noqa: E402
+from benchmarks.layouts import accuracy, gpu, speed, tasks, training  # noqa: E402
 
 DOCUMENTS = (
     REPOSITORY / "README.md",
-    *(REPOSITORY / "docs" / name for name in ("at_scale.md", "kernels.md", "exits.md", "neighbours.md", "tasks.md")),
+    *(
+        REPOSITORY / "docs" / name
+        for name in ("at_scale.md", "block_shape.md", "kernels.md", "exits.md", "neighbours.md", "tasks.md")
+    ),
 )
 RESULTS = REPOSITORY / "benchmarks" / "results"
 
@@ -60,6 +63,7 @@ LAYOUTS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "cropping": ("cropping", tasks.cropping_table),
     "tasks": ("tasks", tasks.tasks_table),
     "int8_values": ("int8_values", tasks.int8_table),
+    "block_shapes": ("accuracy_trainer", partial(accuracy.blocks_table, tasks=["qnli"])),
     "training_cpu": ("training_cpu", training.training_table),
 }
 
