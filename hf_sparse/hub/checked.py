@@ -35,7 +35,7 @@ def read_dataclass(cls: type[_T], data: Any, where: str = "") -> _T:
         >>> read_dataclass(Point, {"x": 3.5})
         Traceback (most recent call last):
         ...
-        hf_sparse.core.stored.packing.FormatError: x=3.5 must be int.
+        hf_sparse.core.stored.formats.FormatError: x=3.5 must be int.
     """
     here = where.removesuffix(".") or "the file"
     if not isinstance(data, Mapping):

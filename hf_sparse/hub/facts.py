@@ -114,7 +114,7 @@ class CardFacts:
             >>> CardFacts.from_dict({"name": "tiny", "save_format": "dense", "seed": "3"})
             Traceback (most recent call last):
             ...
-            hf_sparse.core.stored.packing.FormatError: seed='3' must be int.
+            hf_sparse.core.stored.formats.FormatError: seed='3' must be int.
         """
         if isinstance(data, Mapping) and isinstance(data.get("layers"), list):
             # SparsityReport.to_dict() adds a layer's sparsity for its readers; it follows from the other numbers.

@@ -20,11 +20,12 @@ TIMEOUT = 300
 
 
 @pytest.mark.dist
-def test_two_ranks_check_and_time_both_engines(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engines", [["fsdp2"], pytest.param(["ddp", "fsdp2"], marks=pytest.mark.slow)], ids="+".join)
+def test_two_ranks_check_and_time_their_engines(tmp_path: Path, engines: list[str]) -> None:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1",
         f"--master-port={free_port()}", "benchmarks/many_gpus.py", "--device", "cpu", "--smoke", "--out",
-        str(tmp_path / "found.json"),
+        str(tmp_path / "found.json"), "--engines", *engines,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
@@ -33,11 +34,9 @@ def test_two_ranks_check_and_time_both_engines(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["settings"]["ranks"] == 2 and found["settings"]["backend"] == "gloo" and found["commit"]
-    assert [row["engine"] for row in found["rows"]] == ["ddp", "fsdp2"]
-    assert [row["wrapped"] for row in found["rows"]] == [
-        "DistributedDataParallel",
-        "FSDPBertForSequenceClassification",
-    ]
+    assert [row["engine"] for row in found["rows"]] == engines
+    wrapped = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPBertForSequenceClassification"}
+    assert [row["wrapped"] for row in found["rows"]] == [wrapped[engine] for engine in engines]
     for row in found["rows"]:
         assert row["equal_on_ranks"] and row["masks_as_alone"] and 0.0 <= row["max_weight_error"] < 1e-3
         assert row["waits_of_hf_sparse"] is None, "only a GPU is waited for"

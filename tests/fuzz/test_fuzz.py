@@ -21,7 +21,7 @@ FACTOR = int(os.environ.get("HF_SPARSE_FUZZ", "1"))
 # Kind, seed, inputs: processes of about the same length. A sweep that breaks nothing or everything tests nothing, so
 # each kind says which shares of its inputs have to be refused and to load.
 SWEEPS = (
-    ("weights", 0, 3750), ("weights", 1, 3750), ("config", 0, 5000), ("card", 0, 5000), ("index", 0, 2500),
+    ("weights", 0, 3700), ("weights", 1, 3700), ("config", 0, 5000), ("card", 0, 3500), ("index", 0, 2500),
     ("mixture weights", 0, 800), ("mixture config", 0, 800),
 )  # fmt: skip
 REFUSED = {"weights": 0.5, "config": 0.5, "mixture weights": 0.5, "mixture config": 0.5, "index": 0.4, "card": 0.4}
