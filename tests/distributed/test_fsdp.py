@@ -31,7 +31,7 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str,
     return launched_once("fsdp_ranks.py", 4, tmp_path_factory)
 
 
-# Four ranks on the two cores of most machines take a minute; test_fsdp_options.py has four of them in any case.
+# Four ranks on the two cores of most machines take a minute; test_traffic.py has four of them in any case.
 @pytest.fixture(params=[2, pytest.param(4, marks=pytest.mark.slow)], scope="module")
 def launched(request: pytest.FixtureRequest) -> tuple[Path, list[dict[str, Any]]]:
     return request.getfixturevalue({2: "two", 4: "four"}[request.param])

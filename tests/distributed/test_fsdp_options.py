@@ -68,16 +68,19 @@ def check_saved(launch: Launch, name: str) -> None:
     assert loaded.config.quantization_config.quant_method == "hf_sparse"
 
 
+@pytest.mark.slow
 def test_shards_of_two_ranks_are_gone_on_with_by_four(two: Launch, four: Launch, alone: Any) -> None:
     check(two, "saved", alone["plain"])
     check(four, "resumed", alone["plain"], steps=3)
 
 
+@pytest.mark.slow
 def test_shards_of_four_ranks_are_gone_on_with_by_two(four: Launch, two_again: Launch, alone: Any) -> None:
     check(four, "saved", alone["plain"])
     check(two_again, "resumed", alone["plain"], steps=3)
 
 
+@pytest.mark.slow
 def test_copies_of_shards(four: Launch, alone: Any) -> None:
     for rank in check(four, "hsdp", alone["plain"]):
         assert rank["mesh"] == (2, 2) and rank["placements"] == "(Replicate(), Shard(dim=0))"
