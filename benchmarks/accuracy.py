@@ -99,7 +99,7 @@ def run_one(name: str, grid_file: Path, sources: Sources, command: str) -> None:
         raise ValueError(f"--cell {name}: {grid_file} has no such cell.")
     about = {**cell, "command": command, **environment(ROOT)}
     result = train_cell(cell, grid, sources)
-    write_json(_cell_file(sources.work, name), {**about, **scores(result), **result})
+    write_json(cell_file(sources.work, name), {**about, **scores(result), **result})
 
 
 def run_grid(grid_file: Path, sources: Sources, workers: int = 1) -> None:
@@ -116,7 +116,7 @@ def run_grid(grid_file: Path, sources: Sources, workers: int = 1) -> None:
             with choosing:
                 waiting = [
                     cell for cell in expand(load_grid(grid_file))
-                    if cell["name"] not in taken and not _cell_file(sources.work, cell["name"]).is_file()
+                    if cell["name"] not in taken and not cell_file(sources.work, cell["name"]).is_file()
                 ]  # fmt: skip
                 ready = [cell for cell in waiting if not dense or cell["method"] == "dense"]
                 if not ready:
@@ -137,7 +137,7 @@ def run_grid(grid_file: Path, sources: Sources, workers: int = 1) -> None:
 def collect(work: Path, grid_file: Path = GRID) -> dict[str, Any]:
     """Bring all cells together, failed ones included, in the order of the grid."""
     grid = load_grid(grid_file)
-    files = {cell["name"]: _cell_file(work, cell["name"]) for cell in expand(grid)}
+    files = {cell["name"]: cell_file(work, cell["name"]) for cell in expand(grid)}
     read = [json.loads(file.read_text()) for file in files.values() if file.is_file()]
     floors, energy = (
         {file.stem: json.loads(file.read_text()) for file in sorted((work / kind).glob("*.json"))}
@@ -170,14 +170,10 @@ def _run_in_process(cell: Mapping[str, Any], grid_file: Path, sources: Sources) 
             stderr=subprocess.STDOUT,
             check=False,
         )
-    file = _cell_file(sources.work, cell["name"])
+    file = cell_file(sources.work, cell["name"])
     if not file.is_file():
         last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
         write_json(file, {**cell, "failed": f"exit status {done.returncode}: {''.join(last)[:300]}"})
-
-
-def _cell_file(work: Path, name: str) -> Path:
-    return work / "cells" / f"{name}.json"
 
 
 def main() -> None:
