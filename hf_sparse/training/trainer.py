@@ -210,10 +210,9 @@ class SparseDistillTrainer(ResumingTrainer):
         self.passed.add("training_step")
         if self.accelerator.sync_gradients:
             self._loss_scale = self._scale_of_loss()
-            penalty = self.pruner.add_penalty_gradient(self.plan, self._loss_scale)
+            penalty = self.pruner.finish_backward(self.plan, self._loss_scale)
             if penalty is not None:
                 self._means.add("penalty", penalty)
-            self.pruner.masks.apply_to_grads_()
             self.end_backward()
         return loss
 

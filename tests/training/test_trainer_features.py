@@ -72,14 +72,14 @@ def test_a_step_that_the_scaler_skips_leaves_the_weights(tmp_path: Path, form: s
     scaler = with_scaler(trainer, 4.0)
     after: list[dict[str, torch.Tensor]] = [weights_of(trainer.model)]
 
-    original = trainer.pruner.add_penalty_gradient
+    original = trainer.pruner.finish_backward
 
     def overflow(plan: Any, scale: Any) -> Any:
         if plan.step == 2:
             trainer.model.classifier.weight.grad[0, 0] = float("inf")
         return original(plan, scale)
 
-    trainer.pruner.add_penalty_gradient = overflow
+    trainer.pruner.finish_backward = overflow
     trainer.add_callback(Watch(on_step_end=lambda state: after.append(weights_of(trainer.model))))
     trainer.train()
     assert scaler.get_scale() == 2.0, "one step was skipped, and the scale halved"

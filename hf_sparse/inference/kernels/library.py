@@ -17,13 +17,14 @@ LIBRARY = Path(__file__).parent / "_native.so"
 ENV_ISA = "HF_SPARSE_ISA"
 
 # Mirrors of native/hf_sparse_kernels.h; HFS_ABI changes with it.
-ABI = 2
+ABI = 3
 ISAS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 LANES = {"portable": 4, "avx2": 8, "avx512": 16, "avx512bf16": 16, "amx": 16}
 ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "relu": 4}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 KINDS = {"single": 0, "neighbours": 1, "couples": 2, "segments": 3}
 FORMS = {"auto": 0, "rows": 1, "lanes": 2}
+MODES = {"mask": 0, "gradient": 1, "shrink": 2}
 STATUS = {
     1: "an argument is out of range",
     2: "the index points outside the weight",
@@ -51,6 +52,30 @@ class Weight(ctypes.Structure):
         ("chunk_start", ctypes.c_void_p),
         ("chunk_column", ctypes.c_void_p),
         ("chunk_values", ctypes.c_void_p),
+    ]
+
+
+class Prune(ctypes.Structure):
+    """`hfs_prune`: one pass over the blocks of a weight in training."""
+
+    _fields_ = [
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("height", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("row_step", ctypes.c_int64),
+        ("col_step", ctypes.c_int64),
+        ("target", ctypes.c_void_p),
+        ("weight", ctypes.c_void_p),
+        ("bits", ctypes.c_void_p),
+        ("coef", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("moved", ctypes.c_void_p),
+        ("penalty", ctypes.c_void_p),
+        ("amount", ctypes.c_float),
+        ("mode", ctypes.c_int32),
+        ("isa", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
     ]
 
 
@@ -111,16 +136,18 @@ def _load(path: Path) -> Library:
             False,
             f"{path.name} is of ABI {handle.hfs_abi()}, not {ABI}; run pip install again to rebuild it.",
         )
-    handle.hfs_weight_size.restype = ctypes.c_int64
-    if handle.hfs_weight_size() != ctypes.sizeof(Weight):
-        return Library(
-            None,
-            (),
-            False,
-            f"{path.name} has weights of {handle.hfs_weight_size()} bytes, not {ctypes.sizeof(Weight)}; run pip "
-            "install again to rebuild it.",
-        )
-    handle.hfs_check.argtypes = [ctypes.c_void_p]
+    for ask, kind, what in (("hfs_weight_size", Weight, "weights"), ("hfs_prune_size", Prune, "passes")):
+        size_of = getattr(handle, ask)
+        size_of.restype = ctypes.c_int64
+        if size_of() != ctypes.sizeof(kind):
+            return Library(
+                None,
+                (),
+                False,
+                f"{path.name} has {what} of {size_of()} bytes, not {ctypes.sizeof(kind)}; run pip install again to "
+                f"rebuild it.",
+            )
+    handle.hfs_check.argtypes = handle.hfs_prune_blocks.argtypes = [ctypes.c_void_p]
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     handle.hfs_linear.argtypes = [pointer, pointer, pointer, size, pointer, size, number, number]
     handle.hfs_set_parallel.argtypes = [pointer]

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_sparse.core.bits import Bitmap, Masks, masks_as_factors, pack_bits
+from hf_sparse.core.bits import Bitmap, Masks, pack_bits
 from hf_sparse.core.blocks import BlockShape, TilingError, grid_shape, resolve_block_shape
 from hf_sparse.core.structure.experts import ExpertsWeight, Prunable
 from hf_sparse.core.structure.targets import find_targets, grad_view, tiled_shape, weight_view
-from hf_sparse.training.distributed import norms_of_blocks, pruned_are_zero, scale_blocks_of_
+from hf_sparse.training.distributed import norms_of_blocks, pruned_are_zero
 from hf_sparse.training.pruning.importance import magnitudes
+from hf_sparse.training.pruning.passes import mask_blocks_
 
 
 class BlockMasks:
@@ -78,6 +79,11 @@ class BlockMasks:
     def bits(self) -> dict[str, Tensor]:
         """{name: [ceil(R * C / 8)] uint8}: what is held of the masks, shared; `core.bits.Bitmap` tells the layout."""
         return {name: bitmap.bits for name, bitmap in self._bitmaps.items()}
+
+    @property
+    def bitmaps(self) -> Mapping[str, Bitmap] | None:
+        """{name: mask} as they are held, shared; None as long as nothing is pruned."""
+        return self._bitmaps if self.started else None
 
     @property
     def nbytes(self) -> int:
@@ -174,14 +180,15 @@ class BlockMasks:
     def apply_(self) -> None:
         """Set the weights of pruned blocks to exactly zero, in place."""
         if self.started:
-            self._zero(dict(self.weights()))
+            mask_blocks_(dict(self.weights()), self.block_shapes, self._bitmaps)
 
     @torch.no_grad()
     def apply_to_grads_(self) -> None:
         """Set the gradients of pruned blocks to zero, so that they neither move weights nor count in clipping."""
         if self.started:
             grads = {name: grad_view(module) for name, module in self.targets.items()}
-            self._zero({name: grad for name, grad in grads.items() if grad is not None})
+            found = {name: grad for name, grad in grads.items() if grad is not None}
+            mask_blocks_(found, self.block_shapes, self._bitmaps)
 
     def is_applied(self) -> bool:
         """Tell whether every pruned block is exactly zero. Waits for the device."""
@@ -241,15 +248,6 @@ class BlockMasks:
     def _removed_weights(self, name: str) -> int:
         h, w = self.block_shapes[name]
         return int((~self.masks[name]).sum()) * h * w
-
-    def _zero(self, tensors: Mapping[str, Tensor]) -> None:
-        # One kind, unless layers lie on several devices.
-        kinds: dict[tuple[torch.device, torch.dtype], dict[str, Bitmap]] = {}
-        for name, tensor in tensors.items():
-            kinds.setdefault((tensor.device, tensor.dtype), {})[name] = self._bitmaps[name].move(tensor.device)
-        for (_, dtype), bitmaps in kinds.items():
-            for name, factors in masks_as_factors(bitmaps, dtype):
-                scale_blocks_of_(tensors[name], factors, self.block_shapes[name])
 
 
 def _checked_targets(targets: Any) -> dict[str, Prunable]:

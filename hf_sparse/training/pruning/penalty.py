@@ -67,8 +67,9 @@ def next_coef(weight: Tensor, block_shape: BlockShape, epsilon: float) -> Tensor
 
 
 def coef_of_norms(norms: Tensor, epsilon: float) -> Tensor:
-    """Compute the reweighting coefficients 1 / (norm + epsilon) from the norms of blocks, [R, C]."""
-    return 1.0 / (norms + epsilon)
+    """Compute the reweighting coefficients 1 / (norm + epsilon) from the norms of blocks; [R, C], contiguous."""
+    # Norms of a Conv1D's blocks lie the other way round, as its weight does.
+    return (1.0 / (norms + epsilon)).contiguous()
 
 
 def lasso_of_norms(norms: Tensor, coef: Tensor | None) -> Tensor:

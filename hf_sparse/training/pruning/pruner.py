@@ -14,17 +14,16 @@ from hf_sparse.core.structure.fused import fused_weights
 from hf_sparse.core.structure.targets import assign_block_shapes, find_targets, grad_view, weight_view
 from hf_sparse.training.config import SparseDistillConfig
 from hf_sparse.training.distributed import (
-    add_scaled_blocks_,
     all_finite,
     broadcast_from_rank_0_,
     check_agreement,
     norms_of_blocks,
     reshard,
-    scale_blocks_of_,
 )
 from hf_sparse.training.pruning.importance import magnitudes, refuse_unmeasured
 from hf_sparse.training.pruning.masks import BlockMasks
-from hf_sparse.training.pruning.penalty import coef_of_norms, gradient_factors, lasso_of_norms, shrink_factors
+from hf_sparse.training.pruning.passes import add_penalty_gradient_, shrink_blocks_
+from hf_sparse.training.pruning.penalty import coef_of_norms
 from hf_sparse.training.pruning.sensitivity import SquaredGradients
 from hf_sparse.training.pruning.units import tie_scores
 from hf_sparse.training.schedules import StepPlan
@@ -99,8 +98,10 @@ class Pruner:
             self.masks.apply_()
 
     @torch.no_grad()
-    def add_penalty_gradient(self, plan: StepPlan, gradient_scale: Tensor | None = None) -> Tensor | None:
-        """Add the gradient of penalty_weight * R to `.grad`, once per optimizer step and before clipping.
+    def finish_backward(self, plan: StepPlan, gradient_scale: Tensor | None = None) -> Tensor | None:
+        """Add the gradient of penalty_weight * R to `.grad`, and set that of pruned blocks to zero.
+
+        Once per optimizer step, and before clipping.
 
         Args:
             plan: the step's plan.
@@ -110,22 +111,18 @@ class Pruner:
             R, a scalar on the weights' device; None if the step has no penalty in loss form.
         """
         if not plan.penalty_weight or self.config.penalty_form != "loss":
+            self.masks.apply_to_grads_()
             return None
-        values = []
-        for name, norm in self.masks.norms().items():
-            module, coef = self.masks.targets[name], self._coef(name)
-            values.append(lasso_of_norms(norm, coef))
-            grad = grad_view(module)
-            if grad is None:
+        grads = {}
+        for name, module in self.masks.targets.items():
+            if grad_view(module) is None:
                 # A layer that the teacher stood in for in every micro-batch still feels the penalty.
                 module.weight.grad = torch.zeros_like(module.weight)  # type: ignore[arg-type]
-                grad = cast(Tensor, grad_view(module))
-            factors = gradient_factors(norm, coef)
-            if gradient_scale is not None:
-                factors = factors * gradient_scale.to(factors.device)
-            shape = self.masks.block_shapes[name]
-            add_scaled_blocks_(grad, weight_view(module), factors, shape, plan.penalty_weight)
-        return torch.stack(values).sum()
+            grads[name] = cast(Tensor, grad_view(module))
+        return add_penalty_gradient_(
+            grads, dict(self.masks.weights()), self.masks.block_shapes, self._coefs(), amount=plan.penalty_weight,
+            scale=gradient_scale, bitmaps=self.masks.bitmaps,
+        )  # fmt: skip
 
     def watch_gradients(self, plan: StepPlan, optimizer: Any, moved: Tensor | None = None) -> None:
         """Remember what the step's gradients tell about the weights, if masks are still chosen by it.
@@ -152,18 +149,15 @@ class Pruner:
         Returns:
             R before the shrinking, a scalar; None if the step has no penalty in proximal form.
         """
-        values = []
-        if plan.penalty_weight and self.config.penalty_form == "proximal":
-            for name, norm in self.masks.norms().items():
-                module, coef = self.masks.targets[name], self._coef(name)
-                threshold = plan.penalty_weight * learning_rates.get(id(module.weight), 0.0)
-                values.append(lasso_of_norms(norm, coef))
-                factors = shrink_factors(norm, coef, threshold)
-                if moved is not None:
-                    factors = torch.where(moved.to(factors.device), factors, 1.0)
-                scale_blocks_of_(weight_view(module), factors, self.masks.block_shapes[name])
-        self.masks.apply_()
-        return torch.stack(values).sum() if values else None
+        if not plan.penalty_weight or self.config.penalty_form != "proximal":
+            self.masks.apply_()
+            return None
+        rates = {name: learning_rates.get(id(module.weight), 0.0) for name, module in self.masks.targets.items()}
+        thresholds = {name: plan.penalty_weight * rate for name, rate in rates.items()}
+        return shrink_blocks_(
+            dict(self.masks.weights()), self.masks.block_shapes, self._coefs(), thresholds, moved=moved,
+            bitmaps=self.masks.bitmaps,
+        )  # fmt: skip
 
     def check_target(self) -> None:
         """Refuse a result that is not at the target sparsity, or whose pruned blocks are not zero.
@@ -206,10 +200,9 @@ class Pruner:
         reshard(self.model)
         return magnitudes(norms_of_blocks(dict(self.masks.weights()), shapes, rms), shapes)
 
-    def _coef(self, name: str) -> Tensor | None:
-        if name not in self.coefs:
-            return None
-        device = weight_view(self.masks.targets[name]).device
-        if self.coefs[name].device != device:
-            self.coefs[name] = self.coefs[name].to(device)
-        return self.coefs[name]
+    def _coefs(self) -> dict[str, Tensor]:
+        for name, coef in self.coefs.items():
+            device = weight_view(self.masks.targets[name]).device
+            if coef.device != device:
+                self.coefs[name] = coef.to(device)
+        return self.coefs

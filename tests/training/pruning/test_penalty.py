@@ -95,8 +95,11 @@ def gpt2_classifier() -> Any:
 
 
 @pytest.mark.parametrize("make", [bert, gpt2_classifier])
-@pytest.mark.parametrize("accumulate", [1, 4])
-def test_steps_equal_autograd_of_the_penalised_loss_with_clipping(tmp_path: Path, make: Any, accumulate: int) -> None:
+@pytest.mark.parametrize(("accumulate", "backend"), [(1, "auto"), (4, "auto"), (4, "reference")])
+def test_steps_equal_autograd_of_the_penalised_loss_with_clipping(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Any, accumulate: int, backend: str
+) -> None:
+    monkeypatch.setenv("HF_SPARSE_BACKEND", backend)
     data, model, by_hand = rows("classes", 24), make(), make()
     trainer = make_trainer(
         model, tmp_path, torch.utils.data.ConcatDataset([data]), sparsity=0.0, penalty_weight=0.05,
@@ -141,7 +144,11 @@ def test_steps_equal_autograd_of_the_penalised_loss_with_clipping(tmp_path: Path
 
 
 @pytest.mark.parametrize("make", [bert, gpt2_classifier])
-def test_proximal_form_in_training_equals_its_formula(tmp_path: Path, make: Any) -> None:
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_proximal_form_in_training_equals_its_formula(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Any, backend: str
+) -> None:
+    monkeypatch.setenv("HF_SPARSE_BACKEND", backend)
     data, model, by_hand = rows("classes", 8), make(), make()
     trainer = make_trainer(
         model, tmp_path, data, sparsity=0.0, penalty_weight=0.5, penalty_form="proximal", penalty_reweights=1,

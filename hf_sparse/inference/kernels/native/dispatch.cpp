@@ -97,6 +97,21 @@ const encoder_fn PAIRS_ENCODER[HFS_ISA_COUNT] = {
     nullptr,
 #endif
 };
+
+// Weights in training are float32.
+typedef int (*prune_fn)(const hfs_prune&);
+#if defined(HFS_WITH_AVX512)
+const prune_fn prune_avx512 = hfs_prune_avx512;
+#else
+const prune_fn prune_avx512 = nullptr;
+#endif
+#if defined(HFS_WITH_AVX2)
+const prune_fn prune_avx2 = hfs_prune_avx2;
+#else
+const prune_fn prune_avx2 = nullptr;
+#endif
+const prune_fn PRUNE[HFS_ISA_COUNT] = {hfs_prune_portable, prune_avx2, prune_avx512, prune_avx512, prune_avx512};
+
 bool of_pairs(const hfs_weight& w) { return w.kind == HFS_NEIGHBOURS || w.kind == HFS_COUPLES; }
 
 #if defined(HFS_WITH_AMX) && !defined(HFS_EMULATED)
@@ -272,6 +287,25 @@ int hfs_encoder_run(const hfs_encoder* e, const void* x, void* y, int64_t batch,
     if (batch == 0 || length == 0) return HFS_OK;
     const hfs_encoder_call call = {x, y, batch, length, mask, bias, threads};
     return (of_pairs(*e->layer[0].weight[0]) ? PAIRS_ENCODER : SINGLE_ENCODER)[e->isa](*e, call);
+}
+
+int64_t hfs_prune_size(void) { return (int64_t)sizeof(hfs_prune); }
+
+int hfs_prune_blocks(const hfs_prune* p) {
+    const int64_t most = INT32_MAX;
+    if (p->rows < 0 || p->rows > most || p->cols < 0 || p->cols > most || p->height < 1 || p->width < 1 ||
+        p->rows % p->height || p->cols % p->width || p->threads < 1 || p->mode < HFS_MASK || p->mode > HFS_SHRINK) {
+        return HFS_BAD_ARGUMENT;
+    }
+    const int64_t grid_rows = p->rows / p->height, grid_cols = p->cols / p->width;
+    const bool in_order = p->row_step == grid_cols && p->col_step == 1;
+    const bool turned = p->row_step == 1 && p->col_step == grid_rows;
+    const bool empty = grid_rows == 0 || grid_cols == 0;
+    if (!in_order && !turned) return HFS_BAD_INDEX;
+    if (!empty && (!p->target || (p->mode == HFS_GRADIENT && !p->weight))) return HFS_BAD_ARGUMENT;
+    if (!hfs_isa_available(p->isa) || !PRUNE[p->isa]) return HFS_NO_ISA;
+    if (empty && p->penalty) *p->penalty = 0;
+    return PRUNE[p->isa](*p);
 }
 
 }  // extern "C"

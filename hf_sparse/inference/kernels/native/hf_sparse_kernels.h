@@ -13,7 +13,7 @@ extern "C" {
 #endif
 
 // Raised whenever a struct or a function below changes: Python refuses a library built from other sources.
-#define HFS_ABI 2
+#define HFS_ABI 3
 
 enum hfs_isa {
     HFS_PORTABLE = 0,
@@ -79,6 +79,28 @@ struct hfs_encoder {
     int32_t isa;           // hfs_isa
 };
 
+// What a pass over a weight in training does to each block; then blocks whose bit is 0 are set to zero.
+// MASK: nothing. GRADIENT: target += scale * amount * coef / norm * weight, the gradient of the group lasso.
+// SHRINK: target *= max(0, 1 - amount * coef / norm), its proximal step. Norms are those of the weight before the pass.
+enum hfs_mode { HFS_MASK = 0, HFS_GRADIENT = 1, HFS_SHRINK = 2 };
+
+// Float32 [rows, cols], contiguous, in blocks of height x width. Block (r, c) has the bit and the coefficient
+// r * row_step + c * col_step: (blocks per row, 1), or (1, blocks per column) where the grid lies the other way round.
+struct hfs_prune {
+    int64_t rows, cols, height, width, row_step, col_step;
+    float* target;        // written; the weight itself for SHRINK
+    const float* weight;  // of GRADIENT alone
+    const uint8_t* bits;  // [ceil(blocks / 8)], least significant bit first; null keeps all
+    const float* coef;    // [blocks]; null stands for ones
+    const float* scale;   // one number; null stands for 1
+    const uint8_t* moved; // one byte, 0 where the optimizer skipped the step and nothing is shrunk; null stands for 1
+    float* penalty;       // one number: sum of coef * norm; null if not wanted
+    float amount;
+    int32_t mode;     // hfs_mode
+    int32_t isa;      // hfs_isa
+    int32_t threads;
+};
+
 HFS_EXPORT int hfs_abi(void);
 // sizeof(struct hfs_weight) as the library was built, for whoever mirrors it.
 HFS_EXPORT int64_t hfs_weight_size(void);
@@ -97,6 +119,10 @@ HFS_EXPORT int hfs_encoder_check(const struct hfs_encoder* encoder);
 // padded to a multiple of 16; or null. HFS_ALL_MASKED where a sequence has no key that is not masked: y is not written.
 HFS_EXPORT int hfs_encoder_run(const struct hfs_encoder* encoder, const void* x, void* y, int64_t batch, int64_t length,
                                const float* mask, const float* bias, int threads);
+// One pass over the blocks of a weight, its gradient, or both.
+HFS_EXPORT int hfs_prune_blocks(const struct hfs_prune* pass);
+// sizeof(struct hfs_prune) as the library was built.
+HFS_EXPORT int64_t hfs_prune_size(void);
 // The process's own OpenMP entry point, GOMP_parallel(fn, data, num_threads, flags), so that there is one pool of
 // threads: the library links no OpenMP runtime of its own. Null: every call runs on the calling thread.
 HFS_EXPORT void hfs_set_parallel(void (*gomp_parallel)(void (*)(void*), void*, unsigned, unsigned));

@@ -4,6 +4,9 @@
 #include "kernel.h"
 
 #include "encoder.h"
+#if !defined(HFS_PAIRS)
+#include "prune.h"
+#endif
 #if defined(HFS_TILES)
 #include "tiles_linear.h"
 #else
@@ -33,3 +36,7 @@ int HFS_JOIN(hfs_encoder_, HFS_ISA)(const hfs_encoder& encoder, const hfs_encode
     return encoder.dtype == HFS_BFLOAT16 ? run_encoder<bf16>(encoder, call) : run_encoder<float>(encoder, call);
 #endif
 }
+
+#if !defined(HFS_PAIRS)
+int HFS_JOIN(hfs_prune_, HFS_ISA)(const hfs_prune& pass) { return HFS_ISA::prune_pass(pass); }
+#endif

@@ -22,7 +22,8 @@ struct hfs_encoder_call {
 
 #define HFS_DECLARE(isa)                                                                               \
     __attribute__((visibility("hidden"))) int hfs_linear_##isa(const hfs_weight&, const hfs_call&);    \
-    __attribute__((visibility("hidden"))) int hfs_encoder_##isa(const hfs_encoder&, const hfs_encoder_call&)
+    __attribute__((visibility("hidden"))) int hfs_encoder_##isa(const hfs_encoder&, const hfs_encoder_call&); \
+    __attribute__((visibility("hidden"))) int hfs_prune_##isa(const hfs_prune&)
 HFS_DECLARE(portable);
 HFS_DECLARE(avx2);
 HFS_DECLARE(avx512);

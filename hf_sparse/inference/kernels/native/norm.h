@@ -7,6 +7,12 @@ namespace HFS_ISA {
 template <int W>
 HFS_INLINE Vec<W> square_root(Vec<W> x) {
     Vec<W> r;
+#if defined(__AVX512F__)
+    if constexpr (W == 16) return (Vec<W>)_mm512_sqrt_ps((__m512)x);
+#endif
+#if defined(__AVX2__)
+    if constexpr (W == 8) return (Vec<W>)_mm256_sqrt_ps((__m256)x);
+#endif
     for (int i = 0; i < W; i++) ((float*)&r)[i] = __builtin_sqrtf(((const float*)&x)[i]);
     return r;
 }

@@ -295,10 +295,12 @@ void refusals() {
 }  // namespace
 
 #include "encoder_test.cpp"
+#include "prune_test.cpp"
 
 int main() {
     refusals();
     hfs_set_parallel(fork_join);
+    passes();
     encoders();
     const int shapes[][3] = {{16, 16, 1},  {34, 24, 2},  {36, 30, 4},  {40, 34, 8},  {48, 40, 16}, {64, 38, 32},
                              {33, 22, 3},  {72, 32, 24}, {48, 64, 48}, {66, 34, 33}, {1, 2, 1},    {200, 2, 8},

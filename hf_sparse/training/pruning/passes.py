@@ -1,0 +1,136 @@
+"""What a step does to the blocks of all pruned layers: the penalty's gradient or proximal step, and the masks.
+
+Whole float32 weights on the CPU take one pass each, in the native kernel. All others (on a GPU, sharded, of another
+dtype) take a pass per task in torch, with what needs an answer from other ranks put together in one message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from hf_sparse.core.bits import Bitmap, masks_as_factors
+from hf_sparse.core.blocks import BlockShape
+from hf_sparse.inference.kernels import prune
+from hf_sparse.training.distributed import add_scaled_blocks_, norms_of_blocks, scale_blocks_of_
+from hf_sparse.training.pruning.penalty import gradient_factors, lasso_of_norms, shrink_factors
+
+Shapes = Mapping[str, BlockShape]
+
+
+@torch.no_grad()
+def mask_blocks_(tensors: Mapping[str, Tensor], shapes: Shapes, bitmaps: Mapping[str, Bitmap]) -> None:
+    """Set pruned blocks to zero, in place.
+
+    Args:
+        tensors: {name: [O, I]}, weights or gradients, whole or sharded.
+        shapes: {name: (h, w)}, both positive.
+        bitmaps: {name: mask}; moved to where the tensors are.
+    """
+    # One kind, unless layers lie on several devices.
+    kinds: dict[tuple[torch.device, torch.dtype], dict[str, Bitmap]] = {}
+    for name, tensor in tensors.items():
+        bitmap = bitmaps[name].move(tensor.device)
+        if prune.fits(tensor):
+            prune.mask_(tensor, shapes[name], bitmap.bits)
+        else:
+            kinds.setdefault((tensor.device, tensor.dtype), {})[name] = bitmap
+    for (_, dtype), others in kinds.items():
+        for name, factors in masks_as_factors(others, dtype):
+            scale_blocks_of_(tensors[name], factors, shapes[name])
+
+
+@torch.no_grad()
+def add_penalty_gradient_(
+    grads: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    shapes: Shapes,
+    coefs: Mapping[str, Tensor],
+    *,
+    amount: float,
+    scale: Tensor | None,
+    bitmaps: Mapping[str, Bitmap] | None,
+) -> Tensor:
+    """Add the gradient of amount * R to the gradients, then set those of pruned blocks to zero.
+
+    Args:
+        grads: {name: [O, I]}, written to.
+        weights: {name: [O, I]}, whole or sharded as their gradients are.
+        shapes: {name: (h, w)}, both positive.
+        coefs: {name: [R, C]}; a name that is missing counts every block as 1.
+        amount: the penalty's weight.
+        scale: what a loss scaler has multiplied the gradients by, a scalar; None = 1.
+        bitmaps: {name: mask}; None = nothing is pruned.
+
+    Returns:
+        R, a scalar.
+    """
+    values, others = [], {}
+    for name, weight in weights.items():
+        if not (prune.fits(grads[name], weight) and (scale is None or scale.dtype == torch.float32)):
+            others[name] = weight
+            continue
+        bits = None if bitmaps is None else bitmaps[name].move(weight.device).bits
+        here = None if scale is None else scale.to(weight.device)
+        values.append(
+            prune.add_lasso_gradient_(
+                grads[name], weight, shapes[name], amount=amount, coef=coefs.get(name), scale=here, bits=bits
+            )
+        )
+    for name, norm in norms_of_blocks(others, shapes).items():
+        values.append(lasso_of_norms(norm, coefs.get(name)))
+        factors = gradient_factors(norm, coefs.get(name))
+        if scale is not None:
+            factors = factors * scale.to(factors.device)
+        add_scaled_blocks_(grads[name], others[name], factors, shapes[name], amount)
+    if bitmaps is not None:
+        mask_blocks_({name: grads[name] for name in others}, shapes, bitmaps)
+    return torch.stack(values).sum()
+
+
+@torch.no_grad()
+def shrink_blocks_(
+    weights: Mapping[str, Tensor],
+    shapes: Shapes,
+    coefs: Mapping[str, Tensor],
+    thresholds: Mapping[str, float],
+    *,
+    moved: Tensor | None,
+    bitmaps: Mapping[str, Bitmap] | None,
+) -> Tensor:
+    """Shrink every block towards zero by its threshold * coef, then set pruned blocks to zero: the proximal step.
+
+    Args:
+        weights: {name: [O, I]}, whole or sharded, written to.
+        shapes: {name: (h, w)}, both positive.
+        coefs: {name: [R, C]}; a name that is missing counts every block as 1.
+        thresholds: {name: learning rate * penalty_weight}, >= 0.
+        moved: whether the optimizer took the step, a bool scalar; None = it did. Nothing is shrunk where not.
+        bitmaps: {name: mask}; None = nothing is pruned.
+
+    Returns:
+        R before the step, a scalar.
+    """
+    values, others = [], {}
+    for name, weight in weights.items():
+        if not prune.fits(weight):
+            others[name] = weight
+            continue
+        bits = None if bitmaps is None else bitmaps[name].move(weight.device).bits
+        here = None if moved is None else moved.to(weight.device)
+        values.append(
+            prune.shrink_(
+                weight, shapes[name], threshold=thresholds[name], coef=coefs.get(name), moved=here, bits=bits
+            )
+        )
+    for name, norm in norms_of_blocks(others, shapes).items():
+        values.append(lasso_of_norms(norm, coefs.get(name)))
+        factors = shrink_factors(norm, coefs.get(name), thresholds[name])
+        if moved is not None:
+            factors = torch.where(moved.to(factors.device), factors, 1.0)
+        scale_blocks_of_(others[name], factors, shapes[name])
+    if bitmaps is not None:
+        mask_blocks_(others, shapes, bitmaps)
+    return torch.stack(values).sum()
