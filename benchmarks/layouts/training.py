@@ -37,3 +37,30 @@ def training_table(result: Mapping[str, Any]) -> str:
         f"baseline that stands twice was timed with each group of trainers."
     )
     return "\n".join([*lines, "", source])
+
+
+def passes_table(result: Mapping[str, Any]) -> str:
+    """Lay out what masks and the group lasso cost in a step, natively and in plain torch.
+
+    Args:
+        result: the file that passes.py wrote.
+
+    Returns:
+        Markdown; rows in which the native pass loses are kept.
+    """
+    times = {(row["task"], tuple(row["block_shape"]), row["threads"], row["engine"]): row for row in result["rows"]}
+    threads = sorted({row["threads"] for row in result["rows"]})
+    head = [f"{kind}, {n} thread{'s' * (n > 1)}" for n in threads for kind in ("native", "torch", "ratio")]
+    lines = ["| pass | blocks | " + " | ".join(head) + " |", "|---|---" + "|--:" * len(head) + "|"]
+    for task, (height, width) in dict.fromkeys((task, shape) for task, shape, _, _ in times):
+        cells = []
+        for n in threads:
+            native, plain = (times[task, (height, width), n, engine] for engine in ("native", "torch"))
+            cells += [f"{native['ms']:.0f} ms", f"{plain['ms']:.0f} ms", f"{native['ratio']:.1f}"]
+        lines.append(f"| {task} | {height} x {width} | " + " | ".join(cells) + " |")
+    source = (
+        f"All {result['settings']['layers']} pruned linears of BERT-base, {result['settings']['weights'] / 1e6:.0f} "
+        f"million float32 weights, 20 % of blocks kept; medians, in turns; {result['hardware']['cpu']}, "
+        f"{result['kernels']}; torch {result['versions']['torch']}; `{result['command']}`."
+    )
+    return "\n".join([*lines, "", source])

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import json
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from benchmarks.layouts.training import training_table
+from benchmarks import passes
+from benchmarks.layouts.training import passes_table, training_table
 from benchmarks.training import (
     AT_ONCE,
     TINY,
@@ -119,3 +122,23 @@ def test_the_table_keeps_ratios_above_the_goal() -> None:
         "| logits | 1200 | trainer + teacher | 1.234 (1.100 to 1.300) | +230 ms | 2.50 GB | 1.3 MB |  |"
     )
     assert "A CPU" in lines[-1] and "`COMMAND`" in lines[-1]
+
+
+def test_passes_are_compared_and_timed_both_ways(tmp_path: Path) -> None:
+    if not passes.prune.fits(torch.ones(1, 1)):
+        pytest.skip("the native kernels are not built here")
+    passes.main(["--smoke", "--seconds", "0", "--threads", "1", "--out", str(tmp_path / "out.json")])
+    result = json.loads((tmp_path / "out.json").read_text())
+    found = [(row["task"], row["engine"]) for row in result["rows"]]
+    tasks = ("masks", "penalty's gradient, masks", "proximal step, masks")
+    assert found == [(task, engine) for task in tasks for engine in ("native", "torch")]
+    assert all(row["ms"] > 0 and row["max_error"] <= passes.LIMIT for row in result["rows"])
+    lines = passes_table(result).splitlines()
+    assert lines[0] == "| pass | blocks | native, 1 thread | torch, 1 thread | ratio, 1 thread |"
+    assert [line.split(" | ")[0] for line in lines[2:5]] == [f"| {task}" for task in tasks]
+
+
+def test_passes_that_differ_have_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes.prune, "shrink_", lambda *args, **kwargs: torch.zeros(()))
+    with pytest.raises(RuntimeError, match="proximal step, masks, blocks of .* weights differ by"):
+        passes.difference([(16, 8)], (8, 1), "proximal step, masks")
