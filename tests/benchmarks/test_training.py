@@ -140,5 +140,5 @@ def test_passes_are_compared_and_timed_both_ways(tmp_path: Path) -> None:
 
 def test_passes_that_differ_have_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passes.prune, "shrink_", lambda *args, **kwargs: torch.zeros(()))
-    with pytest.raises(RuntimeError, match="proximal step, masks, blocks of .* weights differ by"):
+    with pytest.raises(RuntimeError, match="proximal step, masks in blocks of .* weights differ by"):
         passes.difference([(16, 8)], (8, 1), "proximal step, masks")
