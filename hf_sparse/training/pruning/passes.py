@@ -6,13 +6,14 @@ dtype) take a pass per task in torch, with what needs an answer from other ranks
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_sparse.core.bits import Bitmap, masks_as_factors
-from hf_sparse.core.blocks import BlockShape
+from hf_sparse.core.blocks import BlockShape, grid_shape
 from hf_sparse.inference.kernels import prune
 from hf_sparse.training.distributed import add_scaled_blocks_, norms_of_blocks, scale_blocks_of_
 from hf_sparse.training.pruning.penalty import gradient_factors, lasso_of_norms, shrink_factors
@@ -79,15 +80,16 @@ def add_penalty_gradient_(
                 grads[name], weight, shapes[name], amount=amount, coef=coefs.get(name), scale=here, bits=bits
             )
         )
-    for name, norm in norms_of_blocks(others, shapes).items():
-        values.append(lasso_of_norms(norm, coefs.get(name)))
-        factors = gradient_factors(norm, coefs.get(name))
+    for norms, coef, names in _together(norms_of_blocks(others, shapes), coefs):
+        values.append(lasso_of_norms(norms, coef))
+        factors = gradient_factors(norms, coef)
         if scale is not None:
             factors = factors * scale.to(factors.device)
-        add_scaled_blocks_(grads[name], others[name], factors, shapes[name], amount)
+        for name, part in _apart(factors, names, others, shapes):
+            add_scaled_blocks_(grads[name], others[name], part, shapes[name], amount)
     if bitmaps is not None:
         mask_blocks_({name: grads[name] for name in others}, shapes, bitmaps)
-    return torch.stack(values).sum()
+    return _sum(values)
 
 
 @torch.no_grad()
@@ -125,12 +127,43 @@ def shrink_blocks_(
                 weight, shapes[name], threshold=thresholds[name], coef=coefs.get(name), moved=here, bits=bits
             )
         )
-    for name, norm in norms_of_blocks(others, shapes).items():
-        values.append(lasso_of_norms(norm, coefs.get(name)))
-        factors = shrink_factors(norm, coefs.get(name), thresholds[name])
+    for norms, coef, names in _together(norms_of_blocks(others, shapes), coefs, thresholds):
+        values.append(lasso_of_norms(norms, coef))
+        factors = shrink_factors(norms, coef, thresholds[names[0]])
         if moved is not None:
             factors = torch.where(moved.to(factors.device), factors, 1.0)
-        scale_blocks_of_(others[name], factors, shapes[name])
-    if bitmaps is not None:
-        mask_blocks_(others, shapes, bitmaps)
-    return torch.stack(values).sum()
+        if bitmaps is not None:
+            # Shrunk and masked by one multiplication of each weight.
+            masks = {name: bitmaps[name].move(factors.device) for name in names}
+            factors = factors * torch.cat([kept.reshape(-1) for _, kept in masks_as_factors(masks, factors.dtype)])
+        for name, part in _apart(factors, names, others, shapes):
+            scale_blocks_of_(others[name], part, shapes[name])
+    return _sum(values)
+
+
+def _together(
+    norms: Mapping[str, Tensor], coefs: Mapping[str, Tensor], thresholds: Mapping[str, float] | None = None
+) -> Iterator[tuple[Tensor, Tensor | None, list[str]]]:
+    """Yield (norms, coefficients, names) of layers as one: what is small per layer costs a GPU its launches alone."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name, norm in norms.items():
+        threshold = None if thresholds is None else thresholds[name]
+        groups.setdefault((norm.device, norm.dtype, name in coefs, threshold), []).append(name)
+    for (_, _, weighted, _), names in groups.items():
+        coef = torch.cat([coefs[name].reshape(-1) for name in names]) if weighted else None
+        yield torch.cat([norms[name].reshape(-1) for name in names]), coef, names
+
+
+def _apart(
+    factors: Tensor, names: list[str], weights: Mapping[str, Tensor], shapes: Shapes
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, [R, C]) of what `_together` has put in a row."""
+    grids = {name: grid_shape((weights[name].shape[0], weights[name].shape[1]), shapes[name]) for name in names}
+    parts = factors.split([rows * cols for rows, cols in grids.values()])
+    for (name, grid), part in zip(grids.items(), parts, strict=True):
+        yield name, part.view(grid)
+
+
+def _sum(values: list[Tensor]) -> Tensor:
+    # Layers may lie on several devices.
+    return torch.stack([value.to(values[0].device) for value in values]).sum()

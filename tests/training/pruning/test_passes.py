@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_sparse.core.bits import Bitmap
 from hf_sparse.core.blocks import expand_mask, grid_shape
@@ -95,3 +96,37 @@ def test_masks_reach_every_kind(taken: set[str]) -> None:
     for name, mask in masks(3).items():
         assert torch.equal(given[name], before[name] * expand_mask(mask, SHAPES[name])), name
     assert taken == (TAKEN if library.load_library().handle is not None else set())
+
+
+class Launches(TorchDispatchMode):
+    """Counts what would be launched on a GPU: all operators but views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def launches(task: str, layers: int) -> int:
+    names = [str(number) for number in range(layers)]
+    weights, grads = ({name: torch.randn(32, 16) for name in names} for _ in range(2))
+    shapes, coefs = dict.fromkeys(names, (16, 1)), {name: torch.rand(2, 16) for name in names}
+    bitmaps = {name: Bitmap(torch.rand(2, 16) < 0.5) for name in names}
+    with Launches() as counted:
+        if task == "masks":
+            mask_blocks_(weights, shapes, bitmaps)
+        elif task == "gradient":
+            add_penalty_gradient_(grads, weights, shapes, coefs, amount=0.1, scale=None, bitmaps=bitmaps)
+        else:
+            shrink_blocks_(weights, shapes, coefs, dict.fromkeys(names, 0.1), moved=None, bitmaps=bitmaps)
+    return counted.count
+
+
+@pytest.mark.parametrize(("task", "per_layer"), [("masks", 1), ("gradient", 5), ("shrink", 4)])
+def test_launches_per_layer(monkeypatch: pytest.MonkeyPatch, task: str, per_layer: int) -> None:
+    monkeypatch.setenv("HF_SPARSE_BACKEND", "reference")
+    launches(task, 1)  # what is cached at first use
+    assert launches(task, 40) - launches(task, 10) == 30 * per_layer
