@@ -21,7 +21,7 @@ if __package__ in (None, ""):
 
 from benchmarks.layouts.accuracy import (
     CONTROL,
-    LAST,
+    FASTER,
     LEAD,
     RECIPE,
     SHAPE,
@@ -56,7 +56,7 @@ def tables(results: Results, trained: Results, cpu: Results, tried: Results) -> 
         "sparsity": lambda: sparsity_table(results), "blocks": lambda: blocks_table(results),
         "gap": lambda: gap_table(results), "energy": lambda: energy_table(cpu), "cpu": lambda: short_table(cpu),
         "tried": lambda: tried_table(tried), "trainer-methods": lambda: methods_table(trained, TRAINED),
-        "trainer-sparsity": lambda: sparsity_table(trained, [LAST]),
+        "trainer-sparsity": lambda: sparsity_table(trained, TRAINED, (RECIPE, FASTER, CONTROL)),
         "trainer-blocks": lambda: blocks_table(trained, ["qnli"]), "trainer-gap": lambda: gap_table(trained, TRAINED),
     }  # fmt: skip
     if not any(tuple(cell["block"]) != SHAPE for cell in select(results)):

@@ -10,6 +10,7 @@ TASKS, LEAD = ("qnli", "mnli", "mrpc"), ("qnli", "mnli")
 TRAINED, LAST = ("qnli", "sst2"), "sst2"  # tasks of the cells that the trainer itself ran, and the one of them alone
 DEFAULT = "default"
 RECIPE, CONTROL, SLOWER, SHAPE = "recipe", "agp+kd", "agp+kd, half the learning rate", (8, 1)
+FASTER = "recipe, 8e-4"  # among the trainer's cells, whose rate is 4e-4
 # What the short names of the exploration stand for; the rest of a name is a change to the base.
 _PAIRS = "re-paired sentences"
 _ALONE = "KD alone (T = 4), hidden states x 10"
@@ -93,11 +94,11 @@ def methods_table(results: Results, tasks: Sequence[str] = LEAD, sparsity: float
     return compare(results, rows, tasks, f"method, {sparsity:.0%}, 8 x 1")
 
 
-def sparsity_table(results: Results, tasks: Sequence[str] = TASKS) -> str:
+def sparsity_table(results: Results, tasks: Sequence[str] = TASKS, methods: Sequence[str] = (RECIPE, CONTROL)) -> str:
     """Compare the recipe with the control over sparsities, on all tasks."""
     rows = [
         (f"{method}, {sparsity:.0%}", {"method": method, "block": SHAPE, "sparsity": sparsity})
-        for sparsity in (0.5, 0.8, 0.9, 0.95) for method in (RECIPE, CONTROL)
+        for sparsity in (0.5, 0.8, 0.9, 0.95) for method in methods
     ]  # fmt: skip
     return compare(results, rows, tasks, "method, sparsity (8 x 1)")
 
@@ -178,12 +179,15 @@ def goals_table(results: Results, trained: Results) -> str:
         methods = dict.fromkeys(c["method"] for c in select(source, block=SHAPE, sparsity=0.9, task="qnli"))
         known_shares = {m: mean_share(source, ["qnli"], **{**at[0.9], "method": m}) for m in methods}
         shares = {m: kept for m, kept in known_shares.items() if kept is not None}
-        others = {m: kept for m, kept in shares.items() if not m.startswith(RECIPE) and m != DEFAULT}
-        if RECIPE in shares and others:
+        # The recipe's rivals are other methods, the default's the recipe as well.
+        for ours, kin in ((RECIPE, (RECIPE, DEFAULT)), (DEFAULT, (DEFAULT,))):
+            others = {m: kept for m, kept in shares.items() if not m.startswith(kin)}
+            if ours not in shares or not others:
+                continue
             best = max(others, key=lambda m: others[m])
-            text = f"{shares[RECIPE]:.0%} kept; next {best} {others[best]:.0%}"
-            goal_text = f"90 %: recipe above every other method (QNLI, those that finished in {where})"
-            add(goal_text, text, shares[RECIPE] > others[best])
+            goal_text = f"90 %: {ours} above every other method (QNLI, those that finished in {where})"
+            text = f"{shares[ours]:.0%} kept; best of the others: {best}, {others[best]:.0%}"
+            add(goal_text, text, shares[ours] > others[best])
     return "\n".join(lines)
 
 
