@@ -1,7 +1,12 @@
-"""What every test gets: a fixed seed, one thread, an environment put back afterwards, and no network."""
+"""What every test gets: a fixed seed, one thread, an environment put back afterwards, and no network.
+
+And what no test has to pay for: searching the half million objects of the imported libraries for garbage, which
+accelerate has done at the start of every training run.
+"""
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import os
 import random
@@ -37,6 +42,29 @@ def _is_local(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host in ("localhost", "")
+
+
+# Libraries are imported while tests are collected, and leave no garbage worth looking for.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Take what the libraries have left for good out of every later search for garbage."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_sessionfinish() -> None:
+    """Leave no process behind, and let the time of those that were forked count as that of the tests."""
+    if forking := sys.modules.get("tests.forking"):
+        forking.stop()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _known_for_good() -> None:
+    """Do the same with what has been imported since: models of transformers, backends of plots."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from tests.distributed.cpu_fsdp import fsdp_on_cpu
 from tests.distributed.fsdp_settings import RANKS, RUN, SPLIT, fsdp2
-from tests.training.scenarios import set_quiet
+from tests.training.scenarios import begin_process
 from tests.training.tiny import Watch, bert, make_trainer, pad_to_10, rows, weights_of
 
 STOP = 3
@@ -65,8 +65,7 @@ def train(
 def main() -> None:
     """Run what this number of ranks can, and save what this rank saw."""
     folder, before = Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None
-    torch.set_num_threads(1)
-    set_quiet()
+    begin_process()
     seen: dict[str, Any] = {}
     plan: dict[str, dict[str, Any]] = {}
     if before is not None:

@@ -20,7 +20,7 @@ from tests.distributed.cpu_fsdp import fsdp_on_cpu
 from tests.distributed.fsdp_settings import BLOCKS, RANKS, RUN, SPLIT, fsdp2
 from tests.distributed.traffic import counted
 from tests.mixtures import mixture
-from tests.training.scenarios import everything_on, set_quiet
+from tests.training.scenarios import begin_process, everything_on
 from tests.training.tiny import (
     CHECKPOINTING,
     Watch,
@@ -271,8 +271,7 @@ SCENARIOS = {
 def main() -> None:
     """Run the scenarios of this number of ranks and save what this rank saw."""
     folder = Path(sys.argv[1])
-    torch.set_num_threads(1)
-    set_quiet()
+    begin_process()
     seen = {}
     for scenario in SCENARIOS[RANKS]:
         with fsdp_on_cpu():

@@ -1,17 +1,24 @@
-"""Starts a script as several ranks on this machine, once for all tests that look at what the ranks saw."""
+"""Starts a script as several ranks on this machine, once for all tests that look at what the ranks saw.
+
+`launch` is torchrun; `fork` gives the ranks the environment that torchrun would, without each of them importing all.
+"""
 
 from __future__ import annotations
 
+import importlib
 import os
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from tests import forking
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -45,8 +52,43 @@ def launch(script: Path, ranks: int, *arguments: Path | str) -> None:
     assert process.returncode == 0, output[-6000:]
 
 
+def fork(script: Path, ranks: int, *arguments: Path | str) -> None:
+    """Run the `main` of a script of this folder as forked ranks, and end all of them whatever happens."""
+    folder, port = Path(arguments[0]), str(free_port())
+    logs = [folder / f"rank-{rank}.log" for rank in range(ranks)]
+    processes = [
+        forking.start(
+            log, run_rank, script, [str(argument) for argument in arguments], RANK=str(rank), LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+        )
+        for rank, log in enumerate(logs)
+    ]  # fmt: skip
+    deadline = time.monotonic() + TIMEOUT
+    try:
+        # One that fails leaves the others waiting.
+        while any(p.exitcode is None for p in processes) and not any(p.exitcode for p in processes):
+            assert time.monotonic() < deadline, f"{script.name} took more than {TIMEOUT} seconds"
+            time.sleep(0.1)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    told = {rank: log.read_text()[-6000:] for rank, log in enumerate(logs) if processes[rank].exitcode}
+    assert not told, told
+
+
+def run_rank(script: Path, arguments: list[str]) -> None:
+    """Be one rank of a script."""
+    sys.argv = [str(script), *arguments]
+    importlib.import_module(f"tests.distributed.{script.stem}").main()
+
+
 def launched_once(
-    script: str, ranks: int, tmp_path_factory: pytest.TempPathFactory, after: Path | None = None
+    script: str,
+    ranks: int,
+    tmp_path_factory: pytest.TempPathFactory,
+    after: Path | None = None,
+    start: Callable[..., None] = fork,
 ) -> tuple[Path, list[dict[str, Any]]]:
     """Launch a script of this folder, and give its folder and what each rank saved there as rank-N.pt.
 
@@ -65,7 +107,7 @@ def launched_once(
             time.sleep(0.2)
     else:
         try:
-            launch(HERE / script, ranks, folder, *([after] if after else []))
+            start(HERE / script, ranks, folder, *([after] if after else []))
         finally:
             (folder / "ended").touch()
     return folder, [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(ranks)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.distributed import two_ranks
-from tests.distributed.launching import launched_once
+from tests.distributed.launching import launch, launched_once
 from tests.training.scenarios import TASKS, everything_on, model_for, wider_teacher
 from tests.training.test_speech import ctc
 from tests.training.test_trainer_options import mean_loss
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.dist
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """The folder of the one launch, and what each rank saw."""
-    folder, seen = launched_once("two_ranks.py", 2, tmp_path_factory)
+    folder, seen = launched_once("two_ranks.py", 2, tmp_path_factory, start=launch)
     return folder, seen[0], seen[1]
 
 

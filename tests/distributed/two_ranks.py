@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_sparse.training.pruning import pruner
-from tests.training.scenarios import TASKS, everything_on, model_for, set_quiet, wider_teacher
+from tests.training.scenarios import TASKS, begin_process, everything_on, model_for, wider_teacher
 from tests.training.test_speech import ctc
 from tests.training.test_trainer_options import mean_loss, sum_loss
 from tests.training.tiny import CHECKPOINTING, Watch, bert, gradients_of, make_trainer, pruned_zero, rows, weights_of
@@ -224,8 +224,7 @@ SCENARIOS = (
 def main() -> None:
     """Run every scenario and save what this rank saw."""
     folder = Path(sys.argv[1])
-    torch.set_num_threads(1)
-    set_quiet()
+    begin_process()
     seen = {scenario.__name__: scenario(folder / scenario.__name__) for scenario in SCENARIOS}
     torch.save(seen, folder / f"rank-{dist.get_rank()}.pt")
     dist.barrier()

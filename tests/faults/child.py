@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hf_sparse.training.checkpoints.whole import last_whole_checkpoint
-from tests.training.scenarios import set_quiet
+from tests.training.scenarios import begin_process
 from tests.training.tiny import Watch, bert, make_trainer, rows, weights_of
 
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
@@ -48,8 +48,7 @@ def kill_at_change(folder: Path, count: int) -> None:
 
 def train(folder: Path, kill_at: int | None, begun: Any) -> None:
     """Begin the run or go on with it, save the final model, and leave the final weights beside it."""
-    torch.set_num_threads(1)
-    set_quiet()
+    begin_process()
     if kill_at is not None:
         kill_at_change(folder, kill_at)
     trainer = trainer_in(folder / "run")

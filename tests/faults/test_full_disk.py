@@ -30,9 +30,9 @@ import shutil
 import sys
 from pathlib import Path
 from tests.faults import child
-from tests.training.scenarios import set_quiet
+from tests.training.scenarios import begin_process
 from hf_sparse.training.checkpoints.whole import last_whole_checkpoint, what_is_missing
-set_quiet()
+begin_process()
 folder = Path(sys.argv[1])
 try:
     child.trainer_in(folder, save_total_limit=None).train()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import random
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,43 +14,34 @@ import torch
 from safetensors.torch import load_file
 
 from hf_sparse.training.checkpoints.whole import MANIFEST, last_whole_checkpoint, what_is_missing
+from tests import forking
 from tests.faults import child
 from tests.training.tiny import assert_same, bert, pad, rows
 
 KILLS = 30
 
 
-@pytest.fixture(scope="module")
-def server() -> Any:
-    """A process that has imported everything, from which children are forked."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.faults.child"])
-    return context
-
-
-def run_child(server: Any, folder: Path, kill_at: int | None = None, kill_after: float | None = None) -> bool:
+def run_child(folder: Path, kill_at: int | None = None, kill_after: float | None = None) -> bool:
     """Run a child; tell whether it was killed."""
-    begun = server.Event()
-    process = server.Process(target=child.train, args=(folder, kill_at, begun))
-    process.start()
+    begun = forking.server().Event()
+    process = forking.start(folder / "log", child.train, folder, kill_at, begun)
     if kill_after is not None:
         while process.is_alive() and not begun.wait(0.01):
             pass
         time.sleep(kill_after)
         process.kill()
     process.join(120)
-    assert process.exitcode in (0, -9), process.exitcode
+    assert process.exitcode in (0, -9), (folder / "log").read_text()[-3000:]
     return process.exitcode == -9
 
 
 @pytest.fixture(scope="module")
-def straight(server: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that nobody stops, all its checkpoints kept."""
     folder = tmp_path_factory.mktemp("straight")
     limit, child.RUN["save_total_limit"] = child.RUN["save_total_limit"], None
     try:
-        begun = server.Event()
-        child.train(folder, None, begun)
+        child.train(folder, None, threading.Event())
     finally:
         child.RUN["save_total_limit"] = limit
     return folder
@@ -85,9 +76,7 @@ def check_final(folder: Path) -> None:
         torch.testing.assert_close(loaded(**inputs).logits, fresh(**inputs).logits, rtol=1e-5, atol=1e-6)
 
 
-def test_thirty_kills_and_the_final_weights_are_those_of_a_run_without(
-    server: Any, straight: Path, tmp_path: Path
-) -> None:
+def test_thirty_kills_and_the_final_weights_are_those_of_a_run_without(straight: Path, tmp_path: Path) -> None:
     expected = torch.load(straight / "weights.pt", weights_only=True)
     choose, kills, in_saves, broken, runs = random.Random(5), 0, 0, 0, 0
     while kills < KILLS:
@@ -99,7 +88,7 @@ def test_thirty_kills_and_the_final_weights_are_those_of_a_run_without(
             at_change = choose.random() < 0.5
             enough = killed_here == 8 or kills == KILLS
             killed = run_child(
-                server, folder,
+                folder,
                 kill_at=choose.randint(1, 90) if at_change and not enough else None,
                 kill_after=choose.uniform(0.0, 0.5) if not at_change and not enough else None,
             )  # fmt: skip

@@ -6,6 +6,7 @@ number of the case under way is in FOLDER/case; FIRST starts there, and COUNT 1 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -33,6 +34,8 @@ def sweep(kind: str, folder: Path, count: int, seed: int, first: int = 0) -> dic
         {"answers": {answer: count}, "wrong": count, "watched": files seen to be opened, "grown": bytes}.
     """
     torch.set_num_threads(1)
+    # What the libraries hold is no garbage, and a million errors give reason to look for some.
+    gc.freeze()
     tf.utils.logging.set_verbosity(tf.utils.logging.CRITICAL)
     tf.utils.logging.disable_progress_bar()
     os.chdir(folder)
@@ -63,6 +66,11 @@ def sweep(kind: str, folder: Path, count: int, seed: int, first: int = 0) -> dic
             print(f"{kind} seed {seed} case {number}: {found}", file=sys.stderr)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     return {"answers": dict(answers), "wrong": wrong, "watched": guard.watched, "grown": grown}
+
+
+def sweep_into(kind: str, folder: Path, count: int, seed: int) -> None:
+    """Run cases and leave what `sweep` gives in FOLDER/result.json."""
+    (folder / "result.json").write_text(json.dumps(sweep(kind, folder, count, seed)))
 
 
 if __name__ == "__main__":

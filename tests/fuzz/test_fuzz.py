@@ -8,15 +8,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests import forking
+from tests.fuzz.__main__ import sweep_into
+
 FACTOR = int(os.environ.get("HF_SPARSE_FUZZ", "1"))
 # Kind, seed, inputs: processes of about the same length. A sweep that breaks nothing or everything tests nothing, so
 # each kind says which shares of its inputs have to be refused and to load.
@@ -47,16 +47,17 @@ def test_the_sweeps_add_up() -> None:
 @pytest.mark.parametrize(("kind", "seed", "count"), SWEEPS)
 def test_sweep(memory_folder: Path, kind: str, seed: int, count: int) -> None:
     count *= FACTOR
-    command = [sys.executable, "-m", "tests.fuzz", kind, str(memory_folder), str(count), str(seed)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=900 * FACTOR
-    )
+    # A process of its own, so that a crash, a hang or a huge allocation is a result and not the end of the test run.
+    process = forking.start(memory_folder / "log", sweep_into, kind, memory_folder, count, seed)
+    process.join(900 * FACTOR)
+    process.kill()
+    process.join()
+    said = (memory_folder / "log").read_text()
     number = (memory_folder / "case").read_text().strip() if (memory_folder / "case").exists() else "none"
     # Below 0: a crash, or the alarm of a case that hangs.
-    assert done.returncode == 0, f"ended by {done.returncode} in case {number}: {done.stderr[-3000:]}"
-    result = json.loads(done.stdout)
-    assert result["wrong"] == 0, done.stderr[:6000]
+    assert process.exitcode == 0, f"ended by {process.exitcode} in case {number}: {said[-3000:]}"
+    result = json.loads((memory_folder / "result.json").read_text())
+    assert result["wrong"] == 0, said[:6000]
     answers = result["answers"]
     assert sum(answers.values()) == count
     loaded = answers.pop("loaded")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers as tf
 
 from tests.training.tiny import bert, gpt2, llama, make_trainer, pad, pad_to_10, rows, weights_of
@@ -55,7 +57,13 @@ def wider_teacher(folder: Path | str, per_device: int) -> dict[str, Any]:
     return {"student": weights_of(trainer.student), "maps": weights_of(trainer.distiller.projections)}
 
 
-def set_quiet() -> None:
-    """Silence the progress bars and notes of transformers."""
+def begin_process() -> None:
+    """Set a process up for a run: one thread, no progress bars or notes, and libraries that stay for good.
+
+    accelerate has garbage looked for at the start of every training run; among half a million objects of the
+    libraries that takes a quarter of a second.
+    """
+    torch.set_num_threads(1)
     tf.utils.logging.set_verbosity_error()
     tf.utils.logging.disable_progress_bar()
+    gc.freeze()
