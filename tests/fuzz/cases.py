@@ -399,7 +399,7 @@ def attempt(read: Callable[[], object], foreign: bool = False) -> Exception | No
     except Wrong:
         raise
     except Exception as error:  # noqa: BLE001 (whatever comes is judged)
-        frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+        frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
         through = any(name.startswith(_OURS) for name in frames)
         if foreign and not through:
             return error

@@ -47,18 +47,18 @@ def _parent(tree: Any, path: Path_) -> Any:
 
 
 def mutate_tree(tree: Any, draw: random.Random, focus: str | None = None) -> Any:
-    """Change a JSON tree at one to three places; four times of five below `focus`, where that is in it."""
-    tree = copy.deepcopy(tree)
+    """Change a JSON tree, in place, at one to three places; four times of five below `focus`, where it is in it."""
     for _ in range(draw.choice((1, 1, 1, 2, 3))):
         nodes = places(tree)
         near = [path for path in nodes if focus in path] if focus and draw.random() < 0.8 else nodes
         if not (near or nodes):
-            return draw.choice(NASTY)
+            return copy.deepcopy(draw.choice(NASTY))
         path = draw.choice(near or nodes)
         parent, key = _parent(tree, path), path[-1]
         action = draw.randrange(10)
         if action <= 2:
-            parent[key] = draw.choice(NASTY)
+            # A copy: the next change may be one of what has been put in.
+            parent[key] = copy.deepcopy(draw.choice(NASTY))
         elif action == 3:
             del parent[key]
         elif action == 4 and isinstance(parent, dict):
@@ -74,7 +74,7 @@ def mutate_tree(tree: Any, draw: random.Random, focus: str | None = None) -> Any
             parent.insert(key, copy.deepcopy(parent[key]))
         elif action == 8 and isinstance(parent, dict):
             name = draw.choice(sorted(TEMPTING))
-            parent[name] = TEMPTING[name]
+            parent[name] = copy.deepcopy(TEMPTING[name])
         else:
             parent[key] = draw.choice(([parent[key]], {"a": parent[key]}, str(parent[key])))
     return tree
