@@ -14,29 +14,33 @@ from torch import Tensor
 
 from hf_sparse.core.blocks import BlockShape, grid_shape
 from hf_sparse.inference.kernels import library
-from hf_sparse.inference.kernels.registry import requested_backend
+from hf_sparse.inference.kernels.registry import requested_backend, require_backend
 
 
 def fits(*tensors: Tensor) -> bool:
     """Tell whether the kernel takes these: one weight [O, I], or it and its gradient.
 
     Raises:
-        ValueError: if `HF_SPARSE_BACKEND` is set to something that is not a choice.
+        ValueError: if `HF_SPARSE_BACKEND` is set to something that is not a choice, or to "cpu" where there is no
+            native library.
     """
     first = tensors[0]
-    return (
-        all(
-            type(tensor) in (Tensor, torch.nn.Parameter)
-            and tensor.dtype == torch.float32
-            and tensor.device.type == "cpu"
-            and tensor.ndim == 2
-            and tensor.stride() == first.stride()
-            and (tensor.is_contiguous() or tensor.t().is_contiguous())
-            for tensor in tensors
-        )
-        and requested_backend() in ("auto", "cpu")
-        and library.load_library().handle is not None
+    taken = all(
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.dtype == torch.float32
+        and tensor.device.type == "cpu"
+        and tensor.ndim == 2
+        and tensor.stride() == first.stride()
+        and (tensor.is_contiguous() or tensor.t().is_contiguous())
+        for tensor in tensors
     )
+    # What torch.compile traces is fused by it, and holds no addresses.
+    if not taken or torch.compiler.is_compiling():
+        return False
+    backend = requested_backend()
+    if backend == "cpu":
+        require_backend(backend)
+    return backend in ("auto", "cpu") and library.load_library().handle is not None
 
 
 def mask_(target: Tensor, block_shape: BlockShape, bits: Tensor) -> None:
@@ -83,7 +87,8 @@ def add_lasso_gradient_(
     Example:
         >>> grad, weight = torch.zeros(1, 4), torch.tensor([[3., 4., 0., 1.]])
         >>> if fits(grad, weight):
-        ...     _ = add_lasso_gradient_(grad, weight, (1, 2), amount=10.0)
+        ...     assert add_lasso_gradient_(grad, weight, (1, 2), amount=10.0) == 6.0
+        ...     assert grad.tolist() == [[6.0, 8.0, 0.0, 10.0]]
     """
     return _run("gradient", grad, weight, block_shape, bits, amount, coef, scale=scale)
 
@@ -138,6 +143,8 @@ def _run(
     _check("coef", coef, torch.float32, grid)
     _check("scale", scale, torch.float32, ())
     _check("moved", moved, torch.bool, ())
+    # Autograd would not see the write, nor would who asks for a tensor's version whether it is still the same.
+    torch.autograd.graph.increment_version(target)
     # A Conv1D lies the other way round: to C it is [I, O] in blocks of (w, h), whose bits come column by column.
     turned = not target.is_contiguous()
     (height, width), (lines, length) = block_shape, target.shape

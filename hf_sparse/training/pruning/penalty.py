@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_sparse.core.blocks import BlockShape, block_norms, grid_shape, scale_blocks_, to_blocks
+from hf_sparse.core.blocks import BlockShape, block_norms, grid_shape, to_blocks
 
 
 def group_lasso(weight: Tensor, block_shape: BlockShape, coef: Tensor | None = None) -> Tensor:
@@ -67,8 +67,8 @@ def next_coef(weight: Tensor, block_shape: BlockShape, epsilon: float) -> Tensor
 
 
 def coef_of_norms(norms: Tensor, epsilon: float) -> Tensor:
-    """Compute the reweighting coefficients 1 / (norm + epsilon) from the norms of blocks; [R, C], contiguous."""
-    # Norms of a Conv1D's blocks lie the other way round, as its weight does.
+    """Compute the reweighting coefficients 1 / (norm + epsilon) from the norms of blocks, [R, C]."""
+    # In the order of the grid, where the norms of a Conv1D's blocks lie the other way round, as its weight does.
     return (1.0 / (norms + epsilon)).contiguous()
 
 
@@ -105,49 +105,6 @@ def shrink_factors(norms: Tensor, coef: Tensor | None, threshold: float) -> Tens
     """
     safe = torch.where(norms > 0, norms, 1.0)
     return (1.0 - threshold * (1.0 if coef is None else coef) / safe).clamp_(min=0.0)
-
-
-@torch.no_grad()
-def penalty_gradient(weight: Tensor, block_shape: BlockShape, coef: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Compute the penalty of a weight and its gradient, without autograd.
-
-    Adding it to `.grad` once per optimizer step is the gradient of `L + penalty_weight * R`, whatever the number of
-    micro-batches or ranks, and costs no graph.
-
-    Args:
-        weight: [O, I].
-        block_shape: (h, w), both positive.
-        coef: [R, C]; None = 1 for every block.
-
-    Returns:
-        The value, a scalar; the gradient [O, I] in the weight's dtype.
-    """
-    norms = block_norms(weight, block_shape)
-    return lasso_of_norms(norms, coef), scale_blocks_(weight.clone(), gradient_factors(norms, coef), block_shape)
-
-
-@torch.no_grad()
-def proximal_shrink_(weight: Tensor, block_shape: BlockShape, coef: Tensor | None, threshold: float) -> Tensor:
-    """Shrink every block towards zero by threshold * coef of its norm, in place: the proximal step of the penalty.
-
-    Args:
-        weight: [O, I], changed in place.
-        block_shape: (h, w), both positive.
-        coef: [R, C]; None = 1 for every block.
-        threshold: learning rate * penalty_weight, >= 0.
-
-    Returns:
-        The penalty before the step, a scalar.
-
-    Example:
-        >>> weight = torch.tensor([[3., 4., 0.3, 0.4]])
-        >>> _ = proximal_shrink_(weight, (1, 2), None, threshold=1.0)
-        >>> weight
-        tensor([[2.4000, 3.2000, 0.0000, 0.0000]])
-    """
-    norms = block_norms(weight, block_shape)
-    scale_blocks_(weight, shrink_factors(norms, coef, threshold), block_shape)
-    return lasso_of_norms(norms, coef)
 
 
 def _at_least_float32(weight: Tensor) -> torch.dtype:

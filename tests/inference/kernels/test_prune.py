@@ -83,7 +83,28 @@ def test_a_pass_equals_its_formulas(isa: str, size: Any, block: Any, turned: boo
     assert torch.equal(masked, given["weight"] * kept)
 
 
-def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(("size", "block"), [
+    ((30000, 3), (30000, 1)), ((3, 30000), (1, 30000)), ((1500, 1100), (1500, 1100)), ((64, 4096), (1, 1)),
+])  # fmt: skip
+def test_neither_height_nor_width_costs_accuracy(isa: str, size: Any, block: Any, turned: bool) -> None:
+    weight = laid_out(torch.randn(size), turned)
+    norms, grad = block_norms(weight.double(), block), torch.zeros_like(weight)
+    value = prune.add_lasso_gradient_(grad, weight, block, amount=1.0)
+    assert value.item() == pytest.approx(float(norms.sum()), rel=5e-7)
+    torch.testing.assert_close(grad.double(), weight.double() / spread(norms, block), rtol=5e-7, atol=0.0)
+
+
+def test_autograd_sees_the_write() -> None:
+    weight = torch.nn.Parameter(torch.ones(4, 4))
+    loss = (weight.exp() * weight).sum()
+    with torch.no_grad():
+        prune.mask_(weight.t(), (4, 1), torch.ones(1, dtype=torch.uint8))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_threads_change_nothing() -> None:
     given = example((1024, 512), (8, 1))
     results = []
     for threads in (1, 2, 5):
@@ -106,6 +127,9 @@ def test_what_is_no_number_leaves_pruned_blocks_and_stays_in_others() -> None:
     prune.mask_(weight, (8, 1), pack_bits(torch.tensor([True, False])))
     assert weight[:, 0].isnan().all() and (weight[:, 1] == 0).all()
     bad = torch.tensor([[math.nan, 1.0, math.inf, 2.0]])
+    grad = torch.zeros(1, 4)
+    assert prune.add_lasso_gradient_(grad, bad, (1, 2), amount=0.5).isnan()
+    assert grad[0, :3].isnan().all() and grad[0, 3] == 0.0, "NaN in a block of NaN; inf * 0 and 2 * 0 in one of inf"
     value = prune.shrink_(bad, (1, 1), threshold=0.5)
     assert value.isnan() and bad[0, 0].isnan() and bad[0, 1:].tolist() == [0.5, math.inf, 1.5]
 
@@ -133,6 +157,14 @@ def test_what_does_not_fit_is_told_and_refused(monkeypatch: pytest.MonkeyPatch) 
         assert not prune.fits(whole), "another backend was asked for"
 
 
+def test_what_torch_compiles_is_left_to_it() -> None:
+    assert torch.compile(lambda weight: prune.fits(weight), backend="eager", fullgraph=True)(torch.ones(8, 8)) is False
+
+
 def test_no_library_means_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "load_library", lambda: library.Library(None, (), False, "none"))
     assert not prune.fits(torch.ones(8, 8))
+    monkeypatch.setenv("HF_SPARSE_BACKEND", "cpu")
+    assert not prune.fits(torch.ones(8, 8).double()), "nothing that it would take"
+    with pytest.raises(ValueError, match="HF_SPARSE_BACKEND='cpu' cannot be used: none"):
+        prune.fits(torch.ones(8, 8))

@@ -130,3 +130,28 @@ def test_launches_per_layer(monkeypatch: pytest.MonkeyPatch, task: str, per_laye
     monkeypatch.setenv("HF_SPARSE_BACKEND", "reference")
     launches(task, 1)  # what is cached at first use
     assert launches(task, 40) - launches(task, 10) == 30 * per_layer
+
+
+@pytest.mark.parametrize("task", ["gradient", "shrink", "skipped"])
+def test_both_ways_treat_what_is_no_number_alike(monkeypatch: pytest.MonkeyPatch, task: str) -> None:
+    odd = torch.tensor(
+        [torch.nan, 1.0, torch.inf, 1.0, 0.0, 0.0, 1e-30, -1e-30, -torch.inf, torch.nan, 1e30, 2.0, 3.0, 4.0]
+    )
+    results = []
+    for backend in ("auto", "reference"):
+        monkeypatch.setenv("HF_SPARSE_BACKEND", backend)
+        # In two orders: blocks of one column in a register, and wider ones.
+        weights = {"tall": odd.view(7, 2).t().contiguous(), "wide": odd.view(1, 14).clone()}
+        grads = {name: torch.ones_like(weight) for name, weight in weights.items()}
+        shapes, coefs = {"tall": (2, 1), "wide": (1, 2)}, {"tall": torch.full((1, 7), 2.0)}
+        if task == "gradient":
+            value = add_penalty_gradient_(grads, weights, shapes, coefs, amount=0.5, scale=None, bitmaps=None)
+        else:
+            moved = torch.tensor(task == "shrink")
+            value = shrink_blocks_(weights, shapes, coefs, dict.fromkeys(shapes, 0.25), moved=moved, bitmaps=None)
+        assert value.isnan()
+        results.append({**{f"{name} weight": weight for name, weight in weights.items()}, **grads})
+    for name, tensor in results[0].items():
+        torch.testing.assert_close(
+            tensor, results[1][name], equal_nan=True, msg=lambda text, name=name: f"{name}: {text}"
+        )

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from hf_sparse import group_lasso
-from hf_sparse.training.pruning.penalty import next_coef, penalty_gradient, proximal_shrink_
+from hf_sparse.training.pruning.passes import add_penalty_gradient_, shrink_blocks_
+from hf_sparse.training.pruning.penalty import next_coef
 from hf_sparse.training.schedules import plan_step
 from tests.training.tiny import Watch, bert, gpt2, make_trainer, pad, rows, weights_of
 
@@ -37,6 +38,15 @@ def blocks_by_hand(weight: Tensor, shape: tuple[int, int]) -> list[list[float]]:
     ]
 
 
+def penalty_and_gradient(weight: Tensor, shape: tuple[int, int], coef: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What a step adds to the gradient of one weight."""
+    gradient, coefs = torch.zeros_like(weight), {} if coef is None else {"w": coef}
+    value = add_penalty_gradient_(
+        {"w": gradient}, {"w": weight}, {"w": shape}, coefs, amount=1.0, scale=None, bitmaps=None
+    )
+    return value, gradient.detach()
+
+
 @pytest.mark.parametrize(("size", "shape"), SHAPES)
 def test_value_equals_a_double_loop(size: tuple[int, int], shape: tuple[int, int]) -> None:
     weight = torch.randn(size, dtype=torch.float64)
@@ -52,15 +62,18 @@ def test_value_equals_a_double_loop(size: tuple[int, int], shape: tuple[int, int
 
 @pytest.mark.parametrize(("size", "shape"), SHAPES)
 @pytest.mark.parametrize("weighted", [False, True])
-def test_gradient_equals_autograd(size: tuple[int, int], shape: tuple[int, int], weighted: bool) -> None:
-    weight = torch.randn(size, dtype=torch.float64)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+def test_gradient_equals_autograd(
+    size: tuple[int, int], shape: tuple[int, int], weighted: bool, dtype: torch.dtype, tolerance: float
+) -> None:
+    weight = torch.randn(size, dtype=dtype)
     weight[-shape[0] :, -shape[1] :] = 0.0
     weight.requires_grad_()
-    coef = next_coef(torch.randn(size, dtype=torch.float64), shape, 1e-3) if weighted else None
+    coef = next_coef(torch.randn(size, dtype=dtype), shape, 1e-3) if weighted else None
     loss = group_lasso(weight, shape, coef)
     loss.backward()
-    value, gradient = penalty_gradient(weight, shape, coef)
-    assert value.item() == pytest.approx(loss.item(), rel=1e-12)
+    value, gradient = penalty_and_gradient(weight, shape, coef)
+    assert value.item() == pytest.approx(loss.item(), rel=tolerance)
     torch.testing.assert_close(gradient, weight.grad)
     assert (gradient[-shape[0] :, -shape[1] :] == 0).all(), "a block of zeros is left alone"
 
@@ -70,7 +83,8 @@ def test_bf16_weights_are_summed_in_float32() -> None:
     value = group_lasso(weight, (1, 4096))
     assert value.dtype == torch.float32
     assert value.item() == pytest.approx(64 * weight[0, 0].item(), rel=1e-5)
-    assert penalty_gradient(weight, (1, 4096), None)[1].dtype == torch.bfloat16
+    expected = torch.full_like(weight, 1 / 64)
+    torch.testing.assert_close(penalty_and_gradient(weight, (1, 4096), None)[1], expected)
 
 
 @pytest.mark.parametrize(("size", "shape"), SHAPES)
@@ -79,7 +93,7 @@ def test_proximal_step_equals_its_formula(size: tuple[int, int], shape: tuple[in
     weight[: shape[0], : shape[1]] = 0.0
     before, h, w = weight.clone(), *shape
     coef = torch.rand(size[0] // h, size[1] // w, dtype=torch.float64) * 4
-    value = proximal_shrink_(weight, shape, coef, threshold=0.25)
+    value = shrink_blocks_({"w": weight}, {"w": shape}, {"w": coef}, {"w": 0.25}, moved=None, bitmaps=None)
     total = 0.0
     for r, row in enumerate(blocks_by_hand(before, shape)):
         for c, norm in enumerate(row):
@@ -228,7 +242,7 @@ def test_penalty_reaches_a_layer_that_was_grafted_away(tmp_path: Path) -> None:
     before = weights_of(trainer.model)
     trainer.train()
     name = "bert.encoder.layer.0.intermediate.dense.weight"
-    gradient = penalty_gradient(before[name], (4, 1), None)[1]
+    gradient = penalty_and_gradient(before[name], (4, 1), None)[1]
     torch.testing.assert_close(trainer.model.get_parameter(name).detach(), before[name] - 0.1 * 0.1 * gradient)
     bias = name.replace("weight", "bias")
     assert torch.equal(trainer.model.get_parameter(bias).detach(), before[bias]), "no gradient but the penalty's"

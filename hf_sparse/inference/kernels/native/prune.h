@@ -10,6 +10,8 @@ namespace HFS_ISA {
 
 // Elements of a tile: what a core's own cache holds of two tensors.
 constexpr int64_t TILE = 1 << 15;
+// Rows whose squares are summed in float32. Longer sums go on in double: no height or width of a block costs accuracy.
+constexpr int64_t SHORT_SUM = 16;
 
 // W bits from any position on, read without a look past the last byte.
 template <int W>
@@ -39,19 +41,19 @@ struct PrunePass {
 
     // What a block is multiplied by, given the sum of its squares; adds its penalty up.
     template <int W>
-    Vec<W> factor(Vec<W> squares, Vec<W> coef, Vec<W>& penalty) const {
-        const Vec<W> norm = square_root<W>(squares), zero{};
-        penalty += coef * norm;
-        const Vec<W> share = amount * coef / norm;
-        if (MODE == HFS_GRADIENT) return norm > zero ? share : zero;
-        const Vec<W> left = 1.0f - share;
-        return norm > zero && left > zero ? left : zero;
+    Vec<W> factor(Vec<W> squares, Vec<W> coef, Doubles<W>& penalty) const {
+        const Vec<W> norm = square_root<W>(squares), zero{}, one = splat<W>(1.0f);
+        penalty += doubles<W>(coef * norm);
+        const Vec<W> share = amount * coef / (norm > zero ? norm : one), left = one - share;
+        // A block of zeros has no gradient; what is not a number stays none, so that a run that diverged is seen to have.
+        if (MODE == HFS_GRADIENT) return norm > zero ? share : norm;
+        return left < zero ? zero : left;
     }
 
     // Columns [from, to) of squares -> factors and words, where every column is a block and bits lie side by side.
     template <int W>
     int64_t columns(int64_t from, int64_t to, int64_t first, float* factors, uint32_t* keep, double& sum) const {
-        Vec<W> penalty{};
+        Doubles<W> penalty{};
         for (; from + W <= to; from += W) {
             if (MODE != HFS_MASK) {
                 const Vec<W> coef = p.coef ? load<W>(p.coef + first + from) : splat<W>(1.0f);
@@ -72,16 +74,17 @@ struct PrunePass {
         const int64_t all_blocks = p.cols / p.width;
         const int64_t blocks = all_blocks - first_block < tile_blocks ? all_blocks - first_block : tile_blocks;
         const int64_t cols = blocks * p.width;
-        float* factors = hfs_scratch(0, (size_t)(2 * cols));
+        float* factors = hfs_scratch(0, (size_t)(4 * cols));
         if (!factors) {
             __atomic_store_n(&status, HFS_NO_MEMORY, __ATOMIC_RELAXED);
             return;
         }
         uint32_t* keep = (uint32_t*)(factors + cols);
+        double* totals = (double*)(factors + 2 * cols);
         float* target = p.target + band * p.height * p.cols + first_block * p.width;
         const float* weight = MODE == HFS_GRADIENT ? p.weight + (target - p.target) : target;
         double sum = 0;
-        if (MODE != HFS_MASK) squares(weight, cols, factors);
+        if (MODE != HFS_MASK) squares(weight, cols, factors, totals);
         const int64_t first = band * p.row_step + first_block * p.col_step;
         if (p.width == 1 && p.col_step == 1) {
             const int64_t at = columns<LANES>(0, cols, first, factors, keep, sum);
@@ -90,12 +93,11 @@ struct PrunePass {
             for (int64_t b = 0; b < blocks; b++) {
                 const int64_t at = first + b * p.col_step;
                 float* of_block = factors + b * p.width;
-                float penalty = 0, value = 0;
+                float value = 0;
                 if (MODE != HFS_MASK) {
-                    float total = 0;
+                    double total = 0;
                     for (int64_t j = 0; j < p.width; j++) total += of_block[j];
-                    value = factor<1>(total, p.coef ? p.coef[at] : 1.0f, penalty);
-                    sum += penalty;
+                    value = factor<1>((float)total, p.coef ? p.coef[at] : 1.0f, sum);
                 }
                 const uint32_t word = MASKED ? 0u - (p.bits[at >> 3] >> (at & 7) & 1u) : ~0u;
                 for (int64_t j = 0; j < p.width; j++) {
@@ -112,21 +114,37 @@ struct PrunePass {
     }
 
     // Squares of each column, summed over the rows of the band.
-    void squares(const float* weight, int64_t cols, float* sums_of) const {
-        for (int64_t j = 0; j < cols; j++) sums_of[j] = 0;
-        for (int64_t i = 0; i < p.height; i++, weight += p.cols) {
-            int64_t j = 0;
-            for (; j + LANES <= cols; j += LANES) {
-                const Vec<LANES> w = load<LANES>(weight + j);
-                store<LANES>(sums_of + j, load<LANES>(sums_of + j) + w * w);
+    void squares(const float* weight, int64_t cols, float* sums_of, double* totals) const {
+        const bool tall = p.height > SHORT_SUM;
+        for (int64_t j = 0; tall && j < cols; j++) totals[j] = 0;
+        for (int64_t top = 0; top < p.height; top += SHORT_SUM) {
+            for (int64_t j = 0; j < cols; j++) sums_of[j] = 0;
+            for (int64_t i = top; i < p.height && i < top + SHORT_SUM; i++, weight += p.cols) {
+                add_squares<1>(add_squares<LANES>(0, cols, weight, sums_of), cols, weight, sums_of);
             }
-            for (; j < cols; j++) sums_of[j] += weight[j] * weight[j];
+            if (tall) add_sums<1>(add_sums<LANES>(0, cols, sums_of, totals), cols, sums_of, totals);
         }
+        for (int64_t j = 0; tall && j < cols; j++) sums_of[j] = (float)totals[j];
+    }
+
+    template <int W>
+    static int64_t add_squares(int64_t j, int64_t cols, const float* weight, float* sums_of) {
+        for (; j + W <= cols; j += W) {
+            const Vec<W> w = load<W>(weight + j);
+            store<W>(sums_of + j, load<W>(sums_of + j) + w * w);
+        }
+        return j;
+    }
+
+    template <int W>
+    static int64_t add_sums(int64_t j, int64_t cols, const float* sums_of, double* totals) {
+        for (; j + W <= cols; j += W) store<W>(totals + j, load<W>(totals + j) + doubles<W>(load<W>(sums_of + j)));
+        return j;
     }
 
     template <int W>
     int64_t row(int64_t j, int64_t cols, float* target, const float* weight, const float* factors,
-                           const uint32_t* keep) const {
+                const uint32_t* keep) const {
         for (; j + W <= cols; j += W) {
             Vec<W> value = load<W>(target + j);
             if constexpr (MODE == HFS_SHRINK) value *= load<W>(factors + j);

@@ -39,6 +39,8 @@ template <int W>
 using Words = typename VecOf<uint32_t, W>::type;
 template <int W>
 using Halves = typename VecOf<uint16_t, W>::type;
+template <int W>
+using Doubles = typename VecOf<double, W>::type;
 
 // memcpy is how C++ spells an unaligned load; it compiles to one instruction.
 template <int W, typename T>
@@ -66,6 +68,15 @@ HFS_INLINE Vec<W> floats(Words<W> u) {
     Vec<W> v;
     __builtin_memcpy(&v, &u, sizeof v);
     return v;
+}
+
+template <int W>
+HFS_INLINE Doubles<W> doubles(Vec<W> v) {
+    if constexpr (W == 1) {
+        return v;
+    } else {
+        return __builtin_convertvector(v, Doubles<W>);
+    }
 }
 
 // bfloat16 is the upper half of a float32. Rounding is to nearest even, and a NaN stays a NaN.

@@ -50,13 +50,13 @@ void run(const PruneCase& c) {
                 if (c.mode == HFS_GRADIENT) expected += 2 * share * weight[i];
                 if (c.mode == HFS_SHRINK && moved) expected *= share < 1 ? 1 - share : 0;
                 if (!keep) expected = 0;
-                const double error = fabs(target[i] - expected) / (keep ? 1e-5 * (1 + fabs(expected)) : 1e-300);
+                const double error = fabs(target[i] - expected) / (keep ? 1e-6 * (1 + fabs(expected)) : 1e-300);
                 if (!(error <= worst)) worst = error;
             });
         }
     }
     if (c.mode != HFS_MASK) {
-        const double error = fabs(penalty - total) / (1e-5 * (1 + total));
+        const double error = fabs(penalty - total) / (1e-6 * (1 + total));
         if (!(error <= worst)) worst = error;
     }
     cases++;
@@ -96,7 +96,8 @@ void prune_refusals() {
 void passes() {
     prune_refusals();
     const int shapes[][4] = {{8, 16, 8, 1},  {24, 37, 8, 1}, {6, 5, 1, 1},      {12, 100, 4, 1}, {3, 48, 1, 8}, {32, 64, 32, 32},
-                             {64, 3, 64, 1}, {7, 70, 7, 70}, {2, 2500, 1, 1250}, {9, 6, 3, 2},    {1, 1, 1, 1},  {5, 1100, 1, 1}};
+                             {64, 3, 64, 1}, {7, 70, 7, 70}, {2, 2500, 1, 1250}, {9, 6, 3, 2},    {1, 1, 1, 1},  {5, 1100, 1, 1},
+                             {3000, 20, 3000, 1}, {2, 6000, 1, 3000}};
     unsigned seed = 0;
     for (int isa = 0; isa < HFS_ISA_COUNT; isa++) {
         if (!hfs_isa_available(isa)) continue;
