@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-# Masks are spread out together up to this many blocks: few calls for small layers, a few MB at a time for large ones.
+# Blocks of several layers that are worked on together: few calls for small layers, a few MB at a time for large ones.
 _TOGETHER = 2**20
 
 
@@ -119,7 +119,7 @@ def masks_as_factors(bitmaps: Mapping[str, Bitmap], dtype: torch.dtype) -> Itera
     Yields:
         (name, [R, C] of 1 and 0), in the order of `bitmaps`.
     """
-    for names in _together(bitmaps):
+    for names in few_at_a_time({name: bitmap.num_blocks for name, bitmap in bitmaps.items()}):
         packed = torch.cat([bitmaps[name].bits for name in names])
         factors, at = unpack_bits(packed, 8 * len(packed), dtype), 0
         for name in names:
@@ -127,15 +127,27 @@ def masks_as_factors(bitmaps: Mapping[str, Bitmap], dtype: torch.dtype) -> Itera
             at += 8 * len(bitmaps[name].bits)
 
 
-def _together(bitmaps: Mapping[str, Bitmap]) -> Iterator[list[str]]:
+def few_at_a_time(num_blocks: Mapping[str, int]) -> Iterator[list[str]]:
+    """Divide layers into groups that are worked on together, so that what a group needs at once takes a few MB.
+
+    Args:
+        num_blocks: {name: number of blocks}.
+
+    Yields:
+        Names, in the order given: of at most 2**20 blocks, or of one layer that has more.
+
+    Example:
+        >>> list(few_at_a_time({"a": 3, "b": 2**20 - 3, "c": 1, "d": 2**22, "e": 5}))
+        [['a', 'b'], ['c'], ['d'], ['e']]
+    """
     names: list[str] = []
     blocks = 0
-    for name, bitmap in bitmaps.items():
-        if names and blocks + bitmap.num_blocks > _TOGETHER:
+    for name, count in num_blocks.items():
+        if names and blocks + count > _TOGETHER:
             yield names
             names, blocks = [], 0
         names.append(name)
-        blocks += bitmap.num_blocks
+        blocks += count
     if names:
         yield names
 

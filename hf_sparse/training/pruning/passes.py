@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_sparse.core.bits import Bitmap, masks_as_factors
+from hf_sparse.core.bits import Bitmap, few_at_a_time, masks_as_factors
 from hf_sparse.core.blocks import BlockShape, grid_shape
 from hf_sparse.inference.kernels import prune
 from hf_sparse.training.distributed import add_scaled_blocks_, norms_of_blocks, scale_blocks_of_
@@ -144,14 +144,15 @@ def shrink_blocks_(
 def _together(
     norms: Mapping[str, Tensor], coefs: Mapping[str, Tensor], thresholds: Mapping[str, float] | None = None
 ) -> Iterator[tuple[Tensor, Tensor | None, list[str]]]:
-    """Yield (norms, coefficients, names) of layers as one: what is small per layer costs a GPU its launches alone."""
+    """Yield (norms, coefficients, names) of small layers as one: what they cost a GPU is the launches."""
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, norm in norms.items():
         threshold = None if thresholds is None else thresholds[name]
         groups.setdefault((norm.device, norm.dtype, name in coefs, threshold), []).append(name)
-    for (_, _, weighted, _), names in groups.items():
-        coef = torch.cat([coefs[name].reshape(-1) for name in names]) if weighted else None
-        yield torch.cat([norms[name].reshape(-1) for name in names]), coef, names
+    for (_, _, weighted, _), alike in groups.items():
+        for names in few_at_a_time({name: norms[name].numel() for name in alike}):
+            coef = torch.cat([coefs[name].reshape(-1) for name in names]) if weighted else None
+            yield torch.cat([norms[name].reshape(-1) for name in names]), coef, names
 
 
 def _apart(

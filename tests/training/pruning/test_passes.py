@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_sparse.core import bits
 from hf_sparse.core.bits import Bitmap
 from hf_sparse.core.blocks import expand_mask, grid_shape
 from hf_sparse.inference.kernels import library, prune
+from hf_sparse.training.pruning import passes
 from hf_sparse.training.pruning.passes import add_penalty_gradient_, mask_blocks_, shrink_blocks_
+from hf_sparse.training.pruning.penalty import gradient_factors
 
 SHAPES = {"linear": (8, 1), "conv1d": (4, 1), "tiles": (8, 8), "half": (8, 1), "double": (2, 2), "strided": (1, 4)}
 TAKEN = {"linear", "conv1d", "tiles"}  # by the native kernel
@@ -130,6 +133,27 @@ def test_launches_per_layer(monkeypatch: pytest.MonkeyPatch, task: str, per_laye
     monkeypatch.setenv("HF_SPARSE_BACKEND", "reference")
     launches(task, 1)  # what is cached at first use
     assert launches(task, 40) - launches(task, 10) == 30 * per_layer
+
+
+@pytest.mark.parametrize("together", [1, 40, 10**6])
+def test_few_blocks_are_held_at_once(monkeypatch: pytest.MonkeyPatch, together: int) -> None:
+    monkeypatch.setenv("HF_SPARSE_BACKEND", "reference")
+    monkeypatch.setattr(bits, "_TOGETHER", together)
+    sizes: list[int] = []
+
+    def watch(norms: Tensor, coef: Tensor | None) -> Tensor:
+        sizes.append(norms.numel())
+        return gradient_factors(norms, coef)
+
+    monkeypatch.setattr(passes, "gradient_factors", watch)
+    names = list("abcd")
+    weights, grads = ({name: torch.randn(32, 16) for name in names} for _ in range(2))
+    expected = {name: grads[name] + 0.1 * weight / weight.norm(dim=0) for name, weight in weights.items()}
+    shapes = dict.fromkeys(names, (32, 1))
+    value = add_penalty_gradient_(grads, weights, shapes, {}, amount=0.1, scale=None, bitmaps=None)
+    torch.testing.assert_close(grads, expected)
+    assert value.item() == pytest.approx(sum(weight.norm(dim=0).sum().item() for weight in weights.values()), rel=1e-5)
+    assert sizes == {1: [16] * 4, 40: [32, 32], 10**6: [64]}[together]
 
 
 @pytest.mark.parametrize("task", ["gradient", "shrink", "skipped"])
