@@ -95,6 +95,12 @@ def test_frozen_targets_are_refused(tmp_path: Path) -> None:
     assert all(".layer.1." in name or ".layer.2." in name for name in Pruner(model, config).masks.targets)
 
 
+def test_a_wrong_backend_is_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_SPARSE_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="HF_SPARSE_BACKEND='cuda' is not a backend: use one of auto"):
+        Pruner(bert(), sparse_config(tmp_path, sparsity=0.5))
+
+
 def test_a_run_that_diverged_says_so(tmp_path: Path) -> None:
     trainer: SparseDistillTrainer = make_trainer(bert(), tmp_path, rows("classes", 8), sparsity=0.5)
     with torch.no_grad():

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from hf_sparse import FormatError
@@ -218,6 +219,23 @@ def test_a_damaged_state_is_refused(straight: Any, tmp_path: Path) -> None:
             load_state(damaged, masks, {})
     (damaged / STATE_FILE).write_bytes(whole)
     load_state(damaged, masks, {})
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
+def test_coefficients_that_do_not_fit_are_refused(straight: Any, tmp_path: Path, change: str) -> None:
+    damaged = copy_of(straight[0] / "checkpoint-4", tmp_path)
+    with safe_open(damaged / STATE_FILE, framework="pt") as handle:
+        metadata, tensors = handle.metadata(), {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+    name = next(key for key in tensors if key.endswith(".coef"))
+    if change == "missing":
+        del tensors[name]
+    else:
+        tensors[name if change == "shape" else "nowhere.coef"] = torch.ones(1, 1)
+    save_file(tensors, damaged / STATE_FILE, metadata=metadata)
+    trainer = trainer_in(tmp_path / "out")
+    layer = "nowhere" if change == "unknown" else name.removesuffix(".coef")
+    with pytest.raises(FormatError, match=f"is damaged: the coefficients of {layer} have shape .*, its grid is "):
+        load_state(damaged, trainer.pruner.masks, {})
 
 
 @pytest.mark.parametrize("state", [None, "not json", "[]", '{"version": 99}'])

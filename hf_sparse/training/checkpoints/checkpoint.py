@@ -77,7 +77,16 @@ def load_state(folder: str | os.PathLike[str], masks: BlockMasks, facts: Mapping
         raise FormatError(f"{file} is damaged: it lacks {missing[0]!r}. Resume from another checkpoint.")
     _compare(file, state, masks, facts)
     masks.load_state_dict({k.removesuffix(".mask"): v for k, v in tensors.items() if k.endswith(".mask")})
-    return {k.removesuffix(".coef"): v for k, v in tensors.items() if k.endswith(".coef")}
+    coefs = {k.removesuffix(".coef"): v for k, v in tensors.items() if k.endswith(".coef")}
+    grids = {name: tuple(mask.shape) for name, mask in masks.masks.items()}
+    for name in sorted(set(grids) | set(coefs)) if coefs else ():
+        found = tuple(coefs[name].shape) if name in coefs else None
+        if found != grids.get(name):
+            raise FormatError(
+                f"{file} is damaged: the coefficients of {name} have shape {found}, its grid is {grids.get(name)}. "
+                f"Resume from another checkpoint."
+            )
+    return coefs
 
 
 def load_squares(folder: str | os.PathLike[str]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hf_sparse.core.structure.feed_forward import FeedForward, find_feed_forwards, unit_overrides
 from hf_sparse.core.structure.fused import fused_weights
 from hf_sparse.core.structure.targets import assign_block_shapes, find_targets, grad_view, weight_view
+from hf_sparse.inference.kernels import requested_backend
 from hf_sparse.training.config import SparseDistillConfig
 from hf_sparse.training.distributed import (
     all_finite,
@@ -39,11 +40,12 @@ class Pruner:
         config: the run's settings.
 
     Raises:
-        ValueError: if the targets, block shapes or sparsity do not fit the model.
+        ValueError: if the targets, block shapes or sparsity do not fit the model, or `HF_SPARSE_BACKEND` is no choice.
     """
 
     def __init__(self, model: nn.Module, config: SparseDistillConfig) -> None:
         self.model, self.config = model, config
+        requested_backend()  # a wrong name is refused now, and not at the first mask
         # A run that neither prunes nor penalises has no targets: it is plain (distilled) training of any model.
         active = config.sparsity > 0.0 or config.penalty_weight > 0.0
         targets = find_targets(model, config.target_modules, config.exclude_modules) if active else {}

@@ -1,7 +1,7 @@
 // One pass over the blocks of a float32 weight in training: the group lasso's gradient or proximal step, and the masks.
 //
 // In plain torch these are several passes each, and memory is what they wait for. Here a band of rows is read from
-// memory once: its norms are taken, and it is written while it is still in the nearest cache.
+// memory once: its norms are taken, and it is written while it is still in a near cache, if it is not too high for that.
 #pragma once
 #include "norm.h"
 #include "parallel.h"
