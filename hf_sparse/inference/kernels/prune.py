@@ -132,7 +132,8 @@ def _run(
     scale: Tensor | None = None,
     moved: Tensor | None = None,
 ) -> Tensor:
-    if not fits(target) or (weight is not None and not (fits(target, weight) and weight.shape == target.shape)):
+    tensors = (target,) if weight is None else (target, weight)
+    if not fits(*tensors) or tensors[-1].shape != target.shape:
         raise ValueError(
             f"the native pass takes a float32 weight [O, I] on the CPU that lies in one piece, and its gradient laid "
             f"out alike; found {target.dtype} {list(target.shape)} on {target.device}."
