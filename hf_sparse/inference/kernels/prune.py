@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_sparse.core.blocks import BlockShape, grid_shape
 from hf_sparse.inference.kernels import library
-from hf_sparse.inference.kernels.registry import requested_backend, require_backend
+from hf_sparse.inference.kernels.registry import ENV_BACKEND, requested_backend, require_backend
 
 
 def fits(*tensors: Tensor) -> bool:
@@ -136,7 +136,8 @@ def _run(
     if not fits(*tensors) or tensors[-1].shape != target.shape:
         raise ValueError(
             f"the native pass takes a float32 weight [O, I] on the CPU that lies in one piece, and its gradient laid "
-            f"out alike; found {target.dtype} {list(target.shape)} on {target.device}."
+            f"out alike, under {ENV_BACKEND}=auto or cpu; found {target.dtype} {list(target.shape)} on "
+            f"{target.device} under {requested_backend()}."
         )
     grid = grid_shape((target.shape[0], target.shape[1]), block_shape)
     rows, cols = grid

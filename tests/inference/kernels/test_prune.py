@@ -155,6 +155,8 @@ def test_what_does_not_fit_is_told_and_refused(monkeypatch: pytest.MonkeyPatch) 
     for backend in ("reference", "dense"):
         monkeypatch.setenv("HF_SPARSE_BACKEND", backend)
         assert not prune.fits(whole), "another backend was asked for"
+        with pytest.raises(ValueError, match=rf"=auto or cpu; found .* on cpu under {backend}\."):
+            prune.mask_(whole, (8, 1), bits)
 
 
 def test_what_torch_compiles_is_left_to_it() -> None:
