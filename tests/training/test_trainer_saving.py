@@ -22,6 +22,7 @@ from hf_sparse import BlockSparseLinear, load_dense, report
 from hf_sparse.core.bits import Bitmap
 from hf_sparse.core.blocks import block_norms
 from hf_sparse.training.checkpoints.saving import copy_to_cpu, save_final
+from tests import forking
 from tests.training.tiny import Watch, bert, make_trainer, pad, rows, weights_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -217,25 +218,21 @@ def save_one(folder: str | Path, seed: int, pause: float) -> None:
     save_final(model, folder, masks, wait)
 
 
-def test_a_kill_in_the_middle_of_a_save_leaves_the_previous_one_whole(tmp_path: Path) -> None:
+def test_a_kill_in_the_middle_of_a_save_leaves_the_previous_one_whole(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     save_one(tmp_path, seed=0, pause=0)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     expected = logits(AutoModelForSequenceClassification.from_pretrained(tmp_path))
-    code = (
-        "import sys; from tests.training.test_trainer_saving import save_one; save_one(sys.argv[1], seed=1, pause=60)"
-    )
-    child = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert child.stdout is not None
+    log = tmp_path_factory.mktemp("killed") / "log"
+    child = forking.start(log, save_one, tmp_path, 1, 60)
     try:
-        assert child.stdout.readline() == "writing\n"
+        while child.is_alive() and not (log.exists() and "writing" in log.read_text()):
+            time.sleep(0.02)
     finally:
-        os.kill(child.pid, signal.SIGKILL)
-        child.wait(10)
-        child.stdout.close()
-    assert child.returncode == -signal.SIGKILL
+        child.kill()
+        child.join()
+    assert child.exitcode == -signal.SIGKILL, log.read_text()
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
     assert torch.equal(logits(AutoModelForSequenceClassification.from_pretrained(tmp_path)), expected)
     left = [file for file in tmp_path.iterdir() if file.name.startswith(".saving-")]
