@@ -31,8 +31,11 @@ def run_child(folder: Path, kill_at: int | None = None, kill_after: float | None
         time.sleep(kill_after)
         process.kill()
     process.join(120)
-    assert process.exitcode in (0, -9), (folder / "log").read_text()[-3000:]
-    return process.exitcode == -9
+    ended = process.exitcode
+    process.kill()
+    process.join()
+    assert ended in (0, -9), (folder / "log").read_text()[-3000:]
+    return ended == -9
 
 
 @pytest.fixture(scope="module")
