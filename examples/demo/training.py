@@ -131,8 +131,7 @@ def prune(splits: DatasetDict, sparsity: float, settings: Settings, paths: Paths
         SparseDistillConfig(
             str(paths.pruned), learning_rate=settings.sparse_learning_rate, num_train_epochs=settings.sparse_epochs,
             block_height=settings.block_shape[0], block_width=settings.block_shape[1], sparsity=sparsity,
-            # As in the results that are published; "fisher" became the default after they were measured.
-            importance="magnitude", **_common(settings),
+            **_common(settings),
         ),
         train_dataset=data["train"],
         eval_dataset=data["test"],
