@@ -65,6 +65,7 @@ LAYOUTS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "int8_values": ("int8_values", tasks.int8_table),
     "block_shapes": ("accuracy_trainer", partial(accuracy.blocks_table, tasks=["qnli"])),
     "training_cpu": ("training_cpu", training.training_table),
+    "passes": ("passes", training.passes_table),
 }
 
 

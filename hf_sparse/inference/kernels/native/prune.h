@@ -86,24 +86,19 @@ struct PrunePass {
         double sum = 0;
         if (MODE != HFS_MASK) squares(weight, cols, factors, totals);
         const int64_t first = band * p.row_step + first_block * p.col_step;
+        if (MODE == HFS_MASK && p.width >= LANES) return clear(target, blocks, first);
         if (p.width == 1 && p.col_step == 1) {
             const int64_t at = columns<LANES>(0, cols, first, factors, keep, sum);
             columns<1>(at, cols, first, factors, keep, sum);
         } else {
             for (int64_t b = 0; b < blocks; b++) {
                 const int64_t at = first + b * p.col_step;
-                float* of_block = factors + b * p.width;
-                float value = 0;
                 if (MODE != HFS_MASK) {
-                    double total = 0;
-                    for (int64_t j = 0; j < p.width; j++) total += of_block[j];
-                    value = factor<1>((float)total, p.coef ? p.coef[at] : 1.0f, sum);
+                    float* of_block = factors + b * p.width;
+                    const float value = factor<1>((float)total(of_block, p.width), p.coef ? p.coef[at] : 1.0f, sum);
+                    fill(of_block, p.width, value);
                 }
-                const uint32_t word = MASKED ? 0u - (p.bits[at >> 3] >> (at & 7) & 1u) : ~0u;
-                for (int64_t j = 0; j < p.width; j++) {
-                    of_block[j] = value;
-                    keep[b * p.width + j] = word;
-                }
+                if (MASKED) fill(keep + b * p.width, p.width, 0u - (p.bits[at >> 3] >> (at & 7) & 1u));
             }
         }
         if (sums) sums[item] = sum;
@@ -111,6 +106,33 @@ struct PrunePass {
             const int64_t at = row<LANES>(0, cols, target, weight, factors, keep);
             row<1>(at, cols, target, weight, factors, keep);
         }
+    }
+
+    // Wide blocks: those that stay are not even read.
+    void clear(float* target, int64_t blocks, int64_t first) const {
+        for (int64_t i = 0; i < p.height; i++, target += p.cols) {
+            for (int64_t b = 0; b < blocks; b++) {
+                const int64_t at = first + b * p.col_step;
+                if (!(p.bits[at >> 3] >> (at & 7) & 1)) fill(target + b * p.width, p.width, 0.0f);
+            }
+        }
+    }
+
+    static double total(const float* values, int64_t count) {
+        Doubles<4> four{};
+        int64_t j = 0;
+        for (; j + 4 <= count; j += 4) four += doubles<4>(load<4>(values + j));
+        double sum = (four[0] + four[1]) + (four[2] + four[3]);
+        for (; j < count; j++) sum += values[j];
+        return sum;
+    }
+
+    template <typename T>
+    static void fill(T* to, int64_t count, T value) {
+        int64_t j = 0;
+        for (; j + LANES <= count; j += LANES) store<LANES>(to + j, splat<LANES>(value));
+        for (; j + 4 <= count; j += 4) store<4>(to + j, splat<4>(value));
+        for (; j < count; j++) to[j] = value;
     }
 
     // Squares of each column, summed over the rows of the band.
