@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hf_sparse.core.blocks import grid_shape
 from hf_sparse.core.stored.packing import FormatError
 from hf_sparse.training.pruning.masks import BlockMasks
 
@@ -78,7 +79,10 @@ def load_state(folder: str | os.PathLike[str], masks: BlockMasks, facts: Mapping
     _compare(file, state, masks, facts)
     masks.load_state_dict({k.removesuffix(".mask"): v for k, v in tensors.items() if k.endswith(".mask")})
     coefs = {k.removesuffix(".coef"): v for k, v in tensors.items() if k.endswith(".coef")}
-    grids = {name: tuple(mask.shape) for name, mask in masks.masks.items()}
+    grids = {
+        name: grid_shape((weight.shape[0], weight.shape[1]), masks.block_shapes[name])
+        for name, weight in masks.weights()
+    }
     for name in sorted(set(grids) | set(coefs)) if coefs else ():
         found = tuple(coefs[name].shape) if name in coefs else None
         if found != grids.get(name):
