@@ -106,7 +106,7 @@ class StackedPruner:
         for n in due:
             config = self.configs[n]
             shape = config.block_shape, config.feed_forward
-            key = (shape, self.importance[n], config.sparsity_scope, self.relative[n])
+            key = (shape, self.importance[n], config.budget_scope, self.relative[n])
             groups.setdefault(key, []).append(n)
         kept_old = {name: self.masks[name][due] for name in self.masks} if any(self.compensate[n] for n in due) else {}
         for ((_, feed_forward), importance, scope, relative), members in groups.items():

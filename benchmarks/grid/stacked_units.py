@@ -18,9 +18,9 @@ def check_units(config: Any, importance: str) -> None:
     Raises:
         ValueError: naming the settings.
     """
-    if config.feed_forward == "units" and (config.sparsity_scope == "global" or importance in ("taylor", "movement")):
+    if config.feed_forward == "units" and (config.budget_scope == "global" or importance in ("taylor", "movement")):
         raise ValueError(
-            f"feed_forward='units' with sparsity_scope={config.sparsity_scope!r} and importance={importance!r} is not "
+            f"feed_forward='units' with sparsity_scope={config.budget_scope!r} and importance={importance!r} is not "
             f"trained in stacks: run the cell by itself."
         )
 

@@ -18,7 +18,7 @@ from hf_sparse.training.schedules import SCHEDULES
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "feed_forward": ("blocks", "units"),
-    "sparsity_scope": ("layer", "global"),
+    "sparsity_scope": ("auto", "layer", "global"),
     "sparsity_schedule": SCHEDULES,
     "embedding_pooling": ("mean", "cls", "last"),
     "importance": ("magnitude", "activation", "fisher"),
@@ -82,7 +82,16 @@ class SparseDistillConfig(TrainingArguments):
         default=None, metadata={"help": "Regular expression that matches the whole name of targets to leave dense."}
     )
     sparsity: float = _field(0.8, "Final fraction of blocks removed, in [0, 1); 0 = prune nothing.")
-    sparsity_scope: str = _field("layer", 'Where blocks compete: "layer" (inside each weight) or "global" (over all).')
+    sparsity_scope: str = _field(
+        "layer",
+        'Where blocks compete: "layer" (inside each weight), "global" (over all), or "auto": global where blocks are '
+        'ranked by "fisher", whose scores compare layers, and feed_forward="blocks"; else each layer.',
+    )
+    layer_floor: float = _field(
+        0.0,
+        "Under a global budget, the least that each weight keeps: this fraction, in [0, 1], of the blocks that a "
+        "budget of its own would leave it; 0 = it may be emptied.",
+    )
     sparsity_schedule: str = _field("cubic", 'How sparsity rises: "cubic", "linear" or "one_shot" (at sparsity_end).')
     sparsity_start: float = _field(0.0, "Fraction of training at which pruning starts.")
     sparsity_end: float = _field(0.6, "Fraction of training at which the final sparsity is reached.")
@@ -178,7 +187,7 @@ class SparseDistillConfig(TrainingArguments):
         self._check_number("lr_restart", 0.0, 1.0, high_open=True)
         if self.reset_optimizer and not self.lr_restart:
             raise ValueError("reset_optimizer=True has no effect with lr_restart=0: set lr_restart, or leave it out.")
-        for name in ("sparsity_start", "sparsity_end", "graft_start", "graft_hold", "graft_end"):
+        for name in ("layer_floor", "sparsity_start", "sparsity_end", "graft_start", "graft_hold", "graft_end"):
             self._check_number(name, 0.0, 1.0)
         for name in ("penalty_weight", "task_weight", "kd_weight", "hidden_weight", "attention_weight"):
             self._check_number(name, 0.0, math.inf, high_open=True)
@@ -225,6 +234,13 @@ class SparseDistillConfig(TrainingArguments):
     def block_shape(self) -> BlockShape:
         """(block_height, block_width), -1 where the whole dimension is one block."""
         return self.block_height, self.block_width
+
+    @property
+    def budget_scope(self) -> str:
+        """`sparsity_scope` with "auto" resolved: "layer" or "global"."""
+        if self.sparsity_scope != "auto":
+            return self.sparsity_scope
+        return "global" if self.importance == "fisher" and self.feed_forward == "blocks" else "layer"
 
     @property
     def shape_overrides(self) -> dict[str, BlockShape]:

@@ -21,6 +21,7 @@ from hf_sparse.core.structure.targets import find_targets, grad_view, tiled_shap
 from hf_sparse.training.distributed import norms_of_blocks, pruned_are_zero
 from hf_sparse.training.pruning.importance import magnitudes
 from hf_sparse.training.pruning.passes import mask_blocks_
+from hf_sparse.training.pruning.selection import keep_highest, keep_highest_of_all, num_removed, protect
 
 
 class BlockMasks:
@@ -31,10 +32,13 @@ class BlockMasks:
             move or be loaded.
         block_shapes: (h, w) for all, or {name: (h, w)}; may hold -1.
         scope: "layer" = every weight has its own budget; "global" = all blocks compete for one.
+        layer_floor: under scope "global", the least that each weight keeps, in [0, 1]: this fraction of the blocks
+            that a budget of its own would leave it.
 
     Raises:
         TypeError: if the targets are no mapping of names to layers with a weight matrix.
-        ValueError: for an unknown scope, or a block shape that is missing or does not tile its layer.
+        ValueError: for an unknown scope, a floor out of range, or a block shape that is missing or does not tile its
+            layer.
 
     Example:
         >>> linear = nn.Linear(4, 2, bias=False)
@@ -52,12 +56,15 @@ class BlockMasks:
         targets: Mapping[str, Prunable],
         block_shapes: BlockShape | Mapping[str, BlockShape],
         scope: str = "layer",
+        layer_floor: float = 0.0,
     ) -> None:
         if scope not in ("layer", "global"):
             raise ValueError(f'scope={scope!r} is not known: use "layer" or "global".')
+        if not 0.0 <= layer_floor <= 1.0:
+            raise ValueError(f"layer_floor={layer_floor!r} must be in [0, 1]: a fraction of each weight's own budget.")
         self.targets = _checked_targets(targets)
         self.block_shapes = {name: _shape_for(name, target, block_shapes) for name, target in self.targets.items()}
-        self.scope = scope
+        self.scope, self.layer_floor = scope, layer_floor
         self._bitmaps: dict[str, Bitmap] = {}
         self.started = False
         for name, weight in self.weights():
@@ -66,9 +73,11 @@ class BlockMasks:
             self.targets[name].block_mask = self._bitmaps[name]
 
     @classmethod
-    def for_model(cls, model: nn.Module, block_shape: BlockShape, scope: str = "layer") -> BlockMasks:
+    def for_model(
+        cls, model: nn.Module, block_shape: BlockShape, scope: str = "layer", layer_floor: float = 0.0
+    ) -> BlockMasks:
         """Make masks for the default targets of a model: the linears inside its repeated layers."""
-        return cls(find_targets(model), block_shape, scope)
+        return cls(find_targets(model), block_shape, scope, layer_floor)
 
     @property
     def masks(self) -> Mapping[str, Tensor]:
@@ -112,12 +121,10 @@ class BlockMasks:
             ValueError: naming the layer, or the number of blocks in all of them.
         """
         if self.scope == "global":
-            sizes = {name: h * w for name, (h, w) in self.block_shapes.items()}
+            sizes = self._sizes()
             blocks = sum(bitmap.num_blocks for bitmap in self._bitmaps.values())
-            # One by one where blocks are of one size, else by their weights: as `_keep_globally` counts them.
-            mixed = len(set(sizes.values())) > 1
-            total = sum(self._bitmaps[name].num_blocks * sizes[name] for name in sizes) if mixed else blocks
-            if sparsity and total and _num_removed(total, sparsity) >= total:
+            total = sum(bitmap.num_blocks * sizes[name] for name, bitmap in self._bitmaps.items())
+            if sparsity and total and num_removed(total, sparsity) >= total:
                 raise ValueError(
                     f"sparsity={sparsity} would remove all {blocks} blocks of the {len(sizes)} target layers, which "
                     f'share one budget (sparsity_scope="global"). Use a lower sparsity or smaller blocks.'
@@ -125,7 +132,7 @@ class BlockMasks:
         else:
             for name, bitmap in self._bitmaps.items():
                 count = bitmap.num_blocks
-                if sparsity and _num_removed(count, sparsity) == count:
+                if sparsity and num_removed(count, sparsity) == count:
                     raise ValueError(
                         f"sparsity={sparsity} would remove all of {name}: it has {count} block(s) of shape "
                         f"{self.block_shapes[name]}. Use smaller blocks for it, or leave it out with exclude_modules."
@@ -170,7 +177,7 @@ class BlockMasks:
                 f"where training diverged, lower the learning rate or resume from an earlier checkpoint."
             )
         keep = self._keep_globally(ranked, sparsity) if self.scope == "global" else {
-            name: _keep_highest(score, _num_removed(score.numel(), sparsity)) for name, score in ranked.items()
+            name: keep_highest(score, num_removed(score.numel(), sparsity)) for name, score in ranked.items()
         }  # fmt: skip
         for name, kept in keep.items():
             self._bitmaps[name].bits.bitwise_and_(pack_bits(kept))
@@ -232,18 +239,18 @@ class BlockMasks:
         self.started = any(not bool(mask.all()) for mask in state.values())
 
     def _keep_globally(self, ranked: dict[str, Tensor], sparsity: float) -> dict[str, Tensor]:
-        sizes = {name: self.block_shapes[name][0] * self.block_shapes[name][1] for name in ranked}
-        scores = torch.cat(list(ranked.values()))
-        if len(set(sizes.values())) == 1:
-            keep = _keep_highest(scores, _num_removed(scores.numel(), sparsity))
-        else:
-            # Blocks of several sizes: the lowest ones go until their weights fill the budget.
-            size_of = torch.cat([torch.full_like(score, sizes[n], dtype=torch.long) for n, score in ranked.items()])
-            budget = int(sparsity * sum(score.numel() * sizes[n] for n, score in ranked.items()) + 0.5)
-            order = torch.sort(scores, stable=True).indices
-            keep = torch.empty_like(scores, dtype=torch.bool)
-            keep[order] = size_of[order].cumsum(0) > budget
-        return dict(zip(ranked, keep.split([score.numel() for score in ranked.values()]), strict=True))
+        if self.layer_floor:
+            for name, score in ranked.items():
+                own = score.numel() - num_removed(score.numel(), sparsity)
+                ranked[name] = protect(score, self._bitmaps[name].mask().reshape(-1), int(self.layer_floor * own))
+        sizes = self._sizes()
+        total = sum(score.numel() * sizes[name] for name, score in ranked.items())
+        return keep_highest_of_all(ranked, sizes, num_removed(total, sparsity))
+
+    def _sizes(self) -> dict[str, int]:
+        """What a block counts in a global budget: 1 where all are of one size, else its weights."""
+        sizes = {name: h * w for name, (h, w) in self.block_shapes.items()}
+        return sizes if len(set(sizes.values())) > 1 else dict.fromkeys(sizes, 1)
 
     def _removed_weights(self, name: str) -> int:
         h, w = self.block_shapes[name]
@@ -279,17 +286,3 @@ def _shape_for(name: str, target: Prunable, block_shapes: Any) -> BlockShape:
         raise TilingError(f"{name}: {error} Or give each target its own: block_shapes={{name: (h, w)}}.") from error
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-
-
-def _num_removed(num_blocks: int, sparsity: float) -> int:
-    return int(sparsity * num_blocks + 0.5)
-
-
-def _keep_highest(scores: Tensor, num_removed: int) -> Tensor:
-    if num_removed == 0:
-        return torch.ones_like(scores, dtype=torch.bool)
-    # Selection in linear time. Ties go by position, the same on every rank and device, as a stable sort would do.
-    threshold = torch.kthvalue(scores, num_removed).values
-    below, tied = scores < threshold, scores == threshold
-    removed_ties = num_removed - below.sum()
-    return ~(below | (tied & (tied.cumsum(0) <= removed_ties)))

@@ -68,6 +68,39 @@ def test_global_scope_compares_the_weights_of_blocks_of_different_size() -> None
     assert removed(masks) == {"a": 1, "b": 0}
 
 
+def uneven() -> dict[str, nn.Linear]:
+    """Two weights of 40 and 60 blocks (4, 1), the first of which is a hundredth of the second everywhere."""
+    targets = linears(a=(8, 20), b=(12, 20))
+    with torch.no_grad():
+        for module, size in zip(targets.values(), (0.01, 1.0), strict=True):
+            module.weight.uniform_(size, 2 * size)
+    return targets
+
+
+@pytest.mark.parametrize(("floor", "kept"), [(0.0, (0, 20)), (0.25, (2, 18)), (0.5, (4, 16)), (1.0, (8, 12))])
+def test_a_floor_under_a_global_budget(floor: float, kept: tuple[int, int]) -> None:
+    targets = uneven()
+    masks = BlockMasks(targets, (4, 1), "global", floor)
+    for sparsity in (0.3, 0.6, 0.8):
+        masks.choose(sparsity)
+    assert tuple(int(mask.sum()) for mask in masks.masks.values()) == kept
+    assert masks.off_target(0.8) is None
+    if floor == 1.0:
+        alone = BlockMasks(targets, (4, 1))
+        alone.choose(0.8)
+        assert all(torch.equal(alone.masks[name], mask) for name, mask in masks.masks.items())
+    # The best of each are what is left.
+    norms = masks.norms()["a"].flatten()
+    assert not kept[0] or norms[masks.masks["a"].flatten()].min() > norms[~masks.masks["a"].flatten()].max()
+
+
+def test_a_floor_holds_with_blocks_of_different_size() -> None:
+    masks = BlockMasks(uneven(), {"a": (4, 1), "b": (4, 4)}, "global", 0.5)
+    masks.choose(0.8)
+    assert int(masks.masks["a"].sum()) == 4
+    assert masks.off_target(0.8) is None
+
+
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_pruned_blocks_never_come_back(scope: str) -> None:
     targets = linears(a=(24, 16), b=(16, 24))
@@ -218,6 +251,8 @@ def other(name: str, mask: Tensor) -> Any:
     ("act", "message"),
     [
         (lambda: BlockMasks(linears(a=(8, 4)), (2, 1), scope="model"), r"scope='model'"),
+        (lambda: BlockMasks(linears(a=(8, 4)), (2, 1), "global", 1.5), r"layer_floor=1\.5 must be in \[0, 1\]"),
+        (lambda: BlockMasks(linears(a=(8, 4)), (2, 1), "global", float("nan")), r"layer_floor=nan must be in"),
         (lambda: BlockMasks(linears(a=(8, 4)), (3, 1)), r"a: block_height=3 does not divide the 8 output rows"),
         (lambda: BlockMasks(linears(a=(8, 4)), (2, 1)).choose(1.0), r"sparsity=1\.0 must be in \[0, 1\)"),
         (lambda: BlockMasks(linears(a=(8, 4)), (2, 1)).choose(-0.1), r"sparsity=-0\.1"),
