@@ -38,15 +38,19 @@ _CLM = (
     f"--num_train_epochs 4 {_ALWAYS}"
 )
 # {name: command}. The first run of a task makes the dense model, the others begin with it. With a sparsity of 0 it
-# only learns on, as long and with the same losses: what pruning costs is the difference to that, too.
+# only learns on, as long and with the same losses: what pruning costs is the difference to that, too. Blocks are
+# chosen as by default, and with a budget for each layer.
 RUNS = {
     "clm50": f"{_CLM} --config_name gpt2 --config_overrides n_embd=128,n_layer=4,n_head=4 --vocab_size 4000 "
     f"--finetune_epochs 6 --finetune_learning_rate 2e-3 --sparsity 0.5",
     "qa50": f"{_QA} --model_name_or_path MINILM --finetune_epochs 2 --finetune_learning_rate 3e-4 --sparsity 0.5",
     "clm0": f"{_CLM} --model_name_or_path WORK/clm50/_dense --sparsity 0",
-    "qa0": f"{_QA} --model_name_or_path WORK/qa50/_dense --sparsity 0",
     "clm80": f"{_CLM} --model_name_or_path WORK/clm50/_dense --sparsity 0.8",
+    "clm80-layer": f"{_CLM} --model_name_or_path WORK/clm50/_dense --sparsity 0.8 --sparsity_scope layer",
     "qa80": f"{_QA} --model_name_or_path WORK/qa50/_dense --sparsity 0.8",
+    "qa80-layer": f"{_QA} --model_name_or_path WORK/qa50/_dense --sparsity 0.8 --sparsity_scope layer",
+    "clm50-layer": f"{_CLM} --model_name_or_path WORK/clm50/_dense --sparsity 0.5 --sparsity_scope layer",
+    "qa0": f"{_QA} --model_name_or_path WORK/qa50/_dense --sparsity 0",
 }
 METRICS = {"qa": "f1", "clm": "perplexity"}
 
@@ -55,10 +59,10 @@ def task_of(name: str) -> str:
     """Give the task of a run.
 
     Example:
-        >>> task_of("clm80")
+        >>> task_of("clm80-layer")
         'clm'
     """
-    return name.rstrip("0123456789")
+    return name.removesuffix("-layer").rstrip("0123456789")
 
 
 def collect(name: str, folder: Path, floor: float | None) -> dict[str, Any]:
@@ -69,8 +73,10 @@ def collect(name: str, folder: Path, floor: float | None) -> dict[str, Any]:
     task = task_of(name)
     metric = METRICS[task]
     dense_bytes = facts.get("dense_file_bytes", facts["file_bytes"])  # not told where nothing was pruned
+    scope = "a budget for each layer" if name.endswith("-layer") else "one budget"
+    method = f"fisher, {scope}, distilled logits" if facts["sparsity_reached"] else "distilled logits"
     row = {
-        "task": task, "method": "magnitude, distilled logits", "block_shape": facts.get("block_shape"),
+        "task": task, "method": method, "block_shape": facts.get("block_shape"),
         "sparsity": facts["sparsity_reached"], "seed": facts["seed"], "steps": state["global_step"], "metric": metric,
         "score": results[f"eval_{metric}"], "dense_score": results[f"dense_{metric}"], "floor_score": floor,
         "train_loss": results["train_loss"], "dev_loss": results["eval_loss"], "dense_dev_loss": results["dense_loss"],

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.grid.stacked_bert import StackedBert
+from benchmarks.grid.stacked_selection import decide_inside, keep_highest, removed
 from benchmarks.grid.stacked_units import check_units, shape_in, tie_units_
 from hf_sparse.core.blocks import BlockShape, block_norms, expand_mask, scale_blocks_
 from hf_sparse.training.pruning.importance import magnitude
@@ -106,10 +107,12 @@ class StackedPruner:
         for n in due:
             config = self.configs[n]
             shape = config.block_shape, config.feed_forward
-            key = (shape, self.importance[n], config.budget_scope, self.relative[n])
+            # The share counts under a global budget alone.
+            share = config.layer_share if config.budget_scope == "global" else 1.0
+            key = (shape, self.importance[n], share, self.relative[n])
             groups.setdefault(key, []).append(n)
         kept_old = {name: self.masks[name][due] for name in self.masks} if any(self.compensate[n] for n in due) else {}
-        for ((_, feed_forward), importance, scope, relative), members in groups.items():
+        for ((_, feed_forward), importance, share, relative), members in groups.items():
             scores = {}
             for name in self.stack.targets:
                 score = self._score(name, members, self._shape(members[0], name), importance, found, squares)
@@ -118,7 +121,7 @@ class StackedPruner:
                 scores[name] = score
             if feed_forward == "units":
                 tie_units_(scores)
-            self._choose(members, scores, [plans[n].sparsity for n in members], scope)
+            self._choose(members, scores, [plans[n].sparsity for n in members], share)
         if kept_old:
             self._compensate([n for n in due if self.compensate[n]])
         self.started = True
@@ -159,17 +162,18 @@ class StackedPruner:
             return of(weight / inverse.diagonal(dim1=1, dim2=2).sqrt()[:, None])
         raise ValueError(f"importance={importance!r} is not known.")
 
-    def _choose(self, members: list[int], scores: dict[str, Tensor], sparsity: list[float], scope: str) -> None:
+    def _choose(self, members: list[int], scores: dict[str, Tensor], sparsity: list[float], share: float) -> None:
         ranked, shapes = {}, {name: self._shape(members[0], name) for name in scores}
         for name, score in scores.items():
             alive = self._grid(name, members, shapes[name])
             ranked[name] = torch.where(alive, score, float("-inf")).flatten(1)
-        if scope == "global":
-            joined = torch.cat(list(ranked.values()), 1)
-            parts = keep_highest(joined, sparsity).split([score.shape[1] for score in ranked.values()], 1)
+        if share < 1.0:
+            inside = [decide_inside(score, sparsity, share) for score in ranked.values()]
+            joined = torch.cat(inside, 1)
+            parts = keep_highest(joined, removed(joined, sparsity)).split([score.shape[1] for score in inside], 1)
             keep = dict(zip(ranked, parts, strict=True))
         else:
-            keep = {name: keep_highest(score, sparsity) for name, score in ranked.items()}
+            keep = {name: keep_highest(score, removed(score, sparsity)) for name, score in ranked.items()}
         for name, kept in keep.items():
             alive = self._grid(name, members, shapes[name])
             grid = kept.view(alive.shape) & alive
@@ -252,16 +256,6 @@ class StackedPruner:
         kept = sum(mask.sum((1, 2)) for mask in self.masks.values())
         total = sum(mask[0].numel() for mask in self.masks.values())
         return (1.0 - kept / total).tolist()  # type: ignore[union-attr]
-
-
-def keep_highest(scores: Tensor, sparsity: Sequence[float]) -> Tensor:
-    """Choose in every row the blocks to keep, ties by position: [n, blocks] -> bool, as `BlockMasks.choose` does."""
-    removed = torch.tensor([int(s * scores.shape[1] + 0.5) for s in sparsity], device=scores.device)[:, None]
-    ascending = scores.sort(dim=1).values
-    threshold = ascending.gather(1, (removed - 1).clamp(min=0))
-    below, tied = scores < threshold, scores == threshold
-    left = removed - below.sum(1, keepdim=True)
-    return ~(below | (tied & (tied.cumsum(1) <= left))) | (removed == 0)
 
 
 def damped(moments: Tensor) -> Tensor:

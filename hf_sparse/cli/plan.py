@@ -66,6 +66,8 @@ def plan(
         _print_table(plans)
     if size is not None:
         typer.echo(str(size))
+        if settings.sparsity and settings.budget_scope == "global":
+            typer.echo("One budget for all layers: the sums hold, and training decides which layer keeps how much.")
 
 
 def _read_values(config_file: Path) -> dict[str, Any]:
@@ -118,8 +120,9 @@ def _size(model: str, settings: SparseDistillConfig, revision: str | None, token
         targets = find_targets(empty, settings.target_modules, settings.exclude_modules)
         overrides = {**overrides, **unit_overrides(find_feed_forwards(empty, targets))}
     return estimate(
-        empty, settings.block_shape, settings.sparsity, overrides, settings.target_modules, settings.exclude_modules
-    )
+        empty, settings.block_shape, settings.sparsity, overrides, settings.target_modules, settings.exclude_modules,
+        settings.budget_scope, settings.layer_share,
+    )  # fmt: skip
 
 
 def _check_plot(plot: Path, config: Path | None) -> None:

@@ -20,24 +20,27 @@ def estimate(
     overrides: Mapping[str, BlockShape] | None = None,
     target_modules: str | None = None,
     exclude_modules: str | None = None,
+    scope: str = "layer",
+    layer_share: float = 0.0,
 ) -> SparsityReport:
     """Tell what a model will weigh once it is pruned and compressed.
 
-    The budget is taken per layer (`sparsity_scope="layer"`); with a global one the sum is the same as long as all
-    blocks have one size.
+    Every layer is taken to lose the same share. Under one budget for all of them the sum is the same as long as all
+    blocks have one size; which layer keeps how much only training tells.
 
     Args:
         model: dense; its weights are not looked at and may be on the meta device.
         block_shape: (h, w) of the blocks, -1 for the whole dimension.
         sparsity: fraction of blocks to remove, [0, 1).
         overrides, target_modules, exclude_modules: as `SparseDistillConfig` has them, the first one parsed.
+        scope, layer_share: as `BlockMasks` takes them.
 
     Returns:
         A `SparsityReport`, to within one block per layer of what `report` will tell.
 
     Raises:
-        ValueError: if `sparsity` is out of range or removes all of a layer, the model has no layer to prune, or blocks
-            do not tile one.
+        ValueError: if `sparsity` is out of range or removes all of a layer that has a budget, the model has no layer
+            to prune, or blocks do not tile one.
 
     Example:
         >>> layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8, bias=False)) for _ in range(2))
@@ -47,16 +50,21 @@ def estimate(
     if not 0.0 <= sparsity < 1.0:
         raise ValueError(f"sparsity={sparsity!r} must be in [0, 1).")
     targets = find_targets(model, target_modules, exclude_modules)
-    layers = []
+    layers, owed = [], 0.0  # weights
     for name, shape in assign_block_shapes(targets, block_shape, overrides).items():
         weight = weight_view(targets[name])
         rows, cols = grid_shape((weight.shape[0], weight.shape[1]), shape)
+        owed += (1.0 - sparsity) * rows * cols * math.prod(shape)
         kept = rows * cols - int(sparsity * rows * cols + 0.5)
-        if not kept:
+        if not kept and (scope == "layer" or layer_share):
             raise ValueError(
                 f"sparsity={sparsity} would remove all of {name}: it has {rows * cols} block(s) of shape {shape}. "
                 f"Use smaller blocks for it, or leave it out with exclude_modules."
             )
+        if scope == "global":
+            # What rounding takes from one layer goes to the next, so that the sum is right to within a block.
+            kept = min(max(int(owed / math.prod(shape) + 0.5), 1 if layer_share else 0), rows * cols)
+        owed -= kept * math.prod(shape)
         dense = weight.numel() * weight.element_size()
         # A layer of which nothing is removed is stored dense.
         packed = kept * math.prod(shape) * weight.element_size() + (rows * cols + 7) // 8
@@ -66,6 +74,8 @@ def estimate(
                 total_blocks=rows * cols, bytes=packed if kept < rows * cols else dense, dense_bytes=dense,
             )
         )  # fmt: skip
+    if layers and not any(layer.kept_blocks for layer in layers):
+        raise ValueError(f"sparsity={sparsity} would remove all blocks of the {len(layers)} target layers: lower it.")
     total = stored_bytes(model)
     return SparsityReport(
         layers=layers,

@@ -83,14 +83,14 @@ class SparseDistillConfig(TrainingArguments):
     )
     sparsity: float = _field(0.8, "Final fraction of blocks removed, in [0, 1); 0 = prune nothing.")
     sparsity_scope: str = _field(
-        "layer",
+        "auto",
         'Where blocks compete: "layer" (inside each weight), "global" (over all), or "auto": global where blocks are '
         'ranked by "fisher", whose scores compare layers, and feed_forward="blocks"; else each layer.',
     )
-    layer_floor: float = _field(
-        0.0,
-        "Under a global budget, the least that each weight keeps: this fraction, in [0, 1], of the blocks that a "
-        "budget of its own would leave it; 0 = it may be emptied.",
+    layer_share: float = _field(
+        0.25,
+        "Under a global budget, the share of a budget of its own, in [0, 1], that is decided inside each weight, so "
+        'that none is emptied and none spared; the rest competes. 0 = all of it does, 1 = as under "layer".',
     )
     sparsity_schedule: str = _field("cubic", 'How sparsity rises: "cubic", "linear" or "one_shot" (at sparsity_end).')
     sparsity_start: float = _field(0.0, "Fraction of training at which pruning starts.")
@@ -187,7 +187,7 @@ class SparseDistillConfig(TrainingArguments):
         self._check_number("lr_restart", 0.0, 1.0, high_open=True)
         if self.reset_optimizer and not self.lr_restart:
             raise ValueError("reset_optimizer=True has no effect with lr_restart=0: set lr_restart, or leave it out.")
-        for name in ("layer_floor", "sparsity_start", "sparsity_end", "graft_start", "graft_hold", "graft_end"):
+        for name in ("layer_share", "sparsity_start", "sparsity_end", "graft_start", "graft_hold", "graft_end"):
             self._check_number(name, 0.0, 1.0)
         for name in ("penalty_weight", "task_weight", "kd_weight", "hidden_weight", "attention_weight"):
             self._check_number(name, 0.0, math.inf, high_open=True)

@@ -1,6 +1,7 @@
 """`hf-sparse plan`: the schedule as a plot, and what a model will weigh before anything is trained."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -34,26 +35,28 @@ def dense_folder(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(8, 1), (1, 8), (4, 4), (1, 1)])
 def test_the_size_is_that_of_the_model_once_it_is_pruned(
-    cli: Cli, tmp_path: Path, shape: tuple[int, int], dtype: torch.dtype
+    cli: Cli, tmp_path: Path, shape: tuple[int, int], dtype: torch.dtype, scope: str
 ) -> None:
-    folder = dense_folder(tmp_path / "dense", dtype)
-    sparsity = 0.8
-    options = ("--block-height", shape[0], "--block-width", shape[1], "--sparsity", sparsity)
-    told = json.loads(cli("plan", "--model", folder, *options, "--json").out)
+    folder, file = dense_folder(tmp_path / "dense", dtype), tmp_path / "config.json"
+    file.write_text(json.dumps({"sparsity_scope": scope, "max_steps": 1}))
+    options = ("--block-height", shape[0], "--block-width", shape[1], "--sparsity", 0.8)
+    expected = json.loads(cli("plan", file, "--model", folder, *options, "--json").out)["model"]
     model = BertForSequenceClassification.from_pretrained(folder, dtype=dtype)
-    masks = BlockMasks.for_model(model, shape)
-    masks.choose(sparsity)
+    masks = BlockMasks.for_model(model, shape, scope)
+    masks.choose(0.8)
     masks.apply_()
     compress(model, masks.state_dict()).save_pretrained(tmp_path / "small")
     found = json.loads(json.dumps(hf_sparse.report(tmp_path / "small").to_dict()))
-    expected = told["model"]
     assert (expected["bytes"], expected["dense_bytes"]) == (found["bytes"], found["dense_bytes"])
-    by_name = {layer["name"]: layer for layer in found["layers"]}
-    assert {layer["name"]: layer for layer in expected["layers"]} == by_name
-    assert told["steps"] == []
+    if scope == "layer":
+        by_name = {layer["name"]: layer for layer in found["layers"]}
+        assert {layer["name"]: layer for layer in expected["layers"]} == by_name
+    if scope == "global":  # as nothing else was asked for
+        assert json.loads(cli("plan", "--model", folder, *options, "--json").out) == {"steps": [], "model": expected}
 
 
 def test_schedule_and_size_together(cli: Cli, config: Path, tmp_path: Path) -> None:
@@ -112,6 +115,39 @@ def test_a_layer_of_which_nothing_goes_is_stored_dense() -> None:
     assert found.bytes == found.dense_bytes == 2 * 4 * 72
     with pytest.raises(ValueError, match=r"sparsity=1.0 must be in \[0, 1\)"):
         estimate(model, (8, 1), 1.0)
+
+
+def test_under_one_budget_the_sums_hold_and_no_layer_has_to_keep_a_block(cli: Cli, tmp_path: Path) -> None:
+    folder, file = dense_folder(tmp_path / "dense"), tmp_path / "coarse.json"
+    # A quarter of 8 x 8 blocks: query and its kin have 4 of them, so rounding leaves them none at 90 %.
+    settings = {"block_height": 8, "block_width": 8, "sparsity": 0.9, "max_steps": 2, "layer_share": 0.0}
+    file.write_text(json.dumps(settings))
+    done = cli("plan", file, "--model", folder)
+    assert done.out.endswith(
+        "One budget for all layers: the sums hold, and training decides which layer keeps how much.\n"
+    )
+    told = json.loads(cli("plan", file, "--model", folder, "--json").out)["model"]
+    assert min(layer["kept_blocks"] for layer in told["layers"]) == 0
+    model = BertForSequenceClassification.from_pretrained(folder)
+    trainer = make_trainer(model, tmp_path / "run", rows("classes", 8), **settings)
+    trainer.train()
+    kept = sum(int(mask.sum()) for mask in trainer.pruner.masks.masks.values())
+    assert kept == sum(layer["kept_blocks"] for layer in told["layers"]) == 6
+    for share in ({"layer_share": 0.25}, {"sparsity_scope": "layer"}):
+        file.write_text(json.dumps({**settings, **share}))
+        assert "would remove all of bert.encoder.layer.0" in cli("plan", file, "--model", folder).err
+    file.write_text(json.dumps({**settings, "sparsity": 0.999}))
+    assert "would remove all blocks of the 12 target layers: lower it" in cli("plan", file, "--model", folder).err
+
+
+def test_a_shared_budget_of_blocks_of_different_size(tmp_path: Path) -> None:
+    layers = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)) for _ in range(3))
+    model = torch.nn.ModuleDict({"layer": layers})
+    shapes = {r".*\.0": (4, 8)}
+    found = estimate(model, (1, 1), 0.8, shapes, scope="global")
+    assert abs(sum(layer.kept_blocks * math.prod(layer.block_shape) for layer in found.layers) - 76.8) <= 16
+    with pytest.raises(ValueError, match="would remove all of layer.0.0: it has 2 block"):
+        estimate(model, (1, 1), 0.8, shapes, scope="global", layer_share=0.25)
 
 
 @pytest.mark.parametrize(("name", "magic"), [("plan.png", b"\x89PNG"), ("plan.svg", b"<?xml")])

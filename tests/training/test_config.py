@@ -19,7 +19,7 @@ QUIET = {"output_dir": "out", "use_cpu": True, "report_to": "none"}
 
 DEFAULTS = {
     "block_height": 8, "block_width": 1, "block_overrides": None, "feed_forward": "blocks", "target_modules": None,
-    "exclude_modules": None, "sparsity": 0.8, "sparsity_scope": "layer", "layer_floor": 0.0,
+    "exclude_modules": None, "sparsity": 0.8, "sparsity_scope": "auto", "layer_share": 0.25,
     "sparsity_schedule": "cubic",
     "sparsity_start": 0.0, "sparsity_end": 0.6, "mask_updates": 100, "importance": "fisher", "penalty_form": "loss",
     "penalty_reweights": 4, "penalty_epsilon": 1e-3, "task_weight": 0.5, "kd_weight": 0.5, "kd_temperature": 2.0,
@@ -33,7 +33,7 @@ DEFAULTS = {
 OTHERS = {
     "block_height": 16, "block_width": -1, "block_overrides": '{".*query": [4, 4]}', "feed_forward": "units",
     "target_modules": ".*dense", "exclude_modules": ".*output.*", "sparsity": 0.5, "sparsity_scope": "global",
-    "layer_floor": 0.25, "sparsity_schedule": "linear", "sparsity_start": 0.1, "sparsity_end": 0.7, "mask_updates": 7,
+    "layer_share": 0.75, "sparsity_schedule": "linear", "sparsity_start": 0.1, "sparsity_end": 0.7, "mask_updates": 7,
     "importance": "magnitude", "penalty_weight": 0.25,
     "penalty_form": "proximal", "penalty_reweights": 2, "penalty_epsilon": 0.01, "task_weight": 0.75,
     "kd_weight": 0.25, "kd_temperature": 4.0, "embedding_pooling": "cls", "layer_map": "uniform",
@@ -145,7 +145,7 @@ def test_overrides_may_be_an_object_in_a_file() -> None:
     ({"sparsity_scope": "layer"}, "layer"),
 ])  # fmt: skip
 def test_layers_share_a_budget_where_scores_compare_them(given: dict[str, Any], scope: str) -> None:
-    assert config(**{"sparsity_scope": "auto", **given}).budget_scope == scope
+    assert config(**given).budget_scope == scope
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_layers_share_a_budget_where_scores_compare_them(given: dict[str, Any], 
         ("penalty_form", "l1", r"penalty_form='l1'.*'loss', 'proximal'"),
         ("save_format", "zip", r"save_format='zip'.*'compressed', 'dense'"),
         ("preset", "bert", r"preset='bert' is not known: use one of \['block_structured', 'hybrid', 'spd'\], or None"),
-        ("layer_floor", 1.5, r"layer_floor=1\.5 must be a number in \[0, 1\]"),
+        ("layer_share", 1.5, r"layer_share=1\.5 must be a number in \[0, 1\]"),
         ("sparsity_start", -0.5, r"sparsity_start=-0\.5 must be a number in \[0, 1\]"),
         ("sparsity_end", 1.5, r"sparsity_end=1\.5 must be a number in \[0, 1\]"),
         ("graft_start", 2, r"graft_start=2 must be a number in \[0, 1\]"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from tests.inference.models import file_bytes
 from tests.mixtures import EXPERTS, MIXTURES, expert_shapes, logits, mixture
 from tests.training.tiny import Watch, assert_same, make_trainer, pruned_zero, rows, weights_of
 
-RUN = {"sparsity": 0.75, "sparsity_end": 0.6, "mask_updates": 3, "penalty_weight": 1e-3, "penalty_reweights": 2,
+RUN = {"sparsity": 0.75, "sparsity_scope": "layer", "sparsity_end": 0.6, "mask_updates": 3, "penalty_weight": 1e-3,
+       "penalty_reweights": 2,
        "hidden_weight": 0.5, "graft_start": 0.5, "graft_end": 0.7, "max_steps": 6, "weight_decay": 0.1,
        "learning_rate": 1e-3, "logging_strategy": "steps", "logging_steps": 1}  # fmt: skip
 
@@ -124,6 +126,20 @@ def test_experts_left_out_stay_dense_and_of_version_1(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "final" / "config.json").read_text())["quantization_config"]
     assert config["format_version"] == 1
     assert len(config["modules"]) == 8
+    assert_close(logits(type(trainer.student).from_pretrained(tmp_path / "final")), logits(trainer.student))
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_compete_with_other_layers(name: str, tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path / "run", name, sparsity_scope="auto")
+    trainer.train()
+    trainer.save_model(tmp_path / "final")
+    masks = trainer.pruner.masks.masks
+    total, kept = (sum(int(count(mask)) for mask in masks.values()) for count in (torch.numel, torch.sum))
+    assert kept == total - int(0.75 * total + 0.5)
+    for mask in masks.values():
+        assert math.ceil(mask.numel() / 16) <= int(mask.sum()) <= mask.numel() * 13 // 16
+    assert report(tmp_path / "final").sparsity == pytest.approx(0.75, abs=1 / total)
     assert_close(logits(type(trainer.student).from_pretrained(tmp_path / "final")), logits(trainer.student))
 
 

@@ -148,9 +148,13 @@ def test_resuming_with_the_pruned_model_as_its_own_teacher_is_refused(straight: 
         ({"penalty_weight": 0.0}, r"penalty_weight was 0\.001, in this run it is 0\.0"),
         ({"mask_updates": 4, "sparsity_end": 0.7}, r"sparsity_end was 0\.66.*; mask_updates was 3, in this run it"),
         ({"graft_start": 0.5}, r"graft_start was 0\.4"),
-        ({"importance": "activation"}, r"importance was 'fisher', in this run it is 'activation'"),
+        (
+            {"importance": "activation"},
+            r"importance was 'fisher', in this run it is 'activation'; sparsity_scope was 'global', in .* 'layer'\.",
+        ),
         ({"seed": 12}, r"seed was 11, in this run it is 12"),
-        ({"sparsity_scope": "global"}, r"sparsity_scope was 'layer', this run asks for 'global'"),
+        ({"sparsity_scope": "layer"}, r": sparsity_scope was 'global', in this run it is 'layer'"),
+        ({"layer_share": 0.5}, r"layer_share was 0\.25, in this run it is 0\.5"),
     ],
 )  # fmt: skip
 def test_a_checkpoint_of_another_run_is_refused(straight: Any, tmp_path: Path, changes: Any, message: str) -> None:

@@ -130,13 +130,15 @@ class Stop(TrainerCallback):
         control.should_training_stop = state.global_step == 2
 
 
-def test_a_run_that_stops_early_raises(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("scope", "told"), [
+    ("layer", r"bert\.encoder\.layer\.0\S* has lost \d+ of 64 blocks"), ("global", r"sparsity 0\.\d+ over all layers"),
+])  # fmt: skip
+def test_a_run_that_stops_early_raises(tmp_path: Path, scope: str, told: str) -> None:
     trainer = make_trainer(
-        bert(), tmp_path, rows("classes", 8), sparsity=0.5, max_steps=8, extra={"callbacks": [Stop()]}
-    )
-    with pytest.raises(
-        RuntimeError, match=r"ended off target: bert\.encoder\.layer\.0\S* has lost \d+ of 64 blocks.*sparsity=0\.5"
-    ):
+        bert(), tmp_path, rows("classes", 8), sparsity=0.5, sparsity_scope=scope, max_steps=8,
+        extra={"callbacks": [Stop()]},
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match=rf"ended off target: {told}.*sparsity=0\.5"):
         trainer.train()
 
 

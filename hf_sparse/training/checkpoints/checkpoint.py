@@ -113,9 +113,8 @@ def _compare(file: Path, state: dict[str, Any], masks: BlockMasks, facts: Mappin
                 f"{file}: {name} was pruned in blocks of {saved[name]}, this run asks for {shape}. "
                 f"Resume with the same block_height, block_width and block_overrides."
             )
-    if state["scope"] != masks.scope:
-        raise ValueError(f"{file}: sparsity_scope was {state['scope']!r}, this run asks for {masks.scope!r}.")
-    old = state["facts"]
+    # The scope as it came out: "auto" follows importance, which is named before it.
+    old, facts = {**state["facts"], "sparsity_scope": state["scope"]}, {**facts, "sparsity_scope": masks.scope}
     differing = [key for key in facts if key in old and old[key] != facts[key]]
     changed = [f"{key} was {old[key]!r}, in this run it is {facts[key]!r}" for key in differing]
     if changed:

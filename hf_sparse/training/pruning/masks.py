@@ -21,7 +21,7 @@ from hf_sparse.core.structure.targets import find_targets, grad_view, tiled_shap
 from hf_sparse.training.distributed import norms_of_blocks, pruned_are_zero
 from hf_sparse.training.pruning.importance import magnitudes
 from hf_sparse.training.pruning.passes import mask_blocks_
-from hf_sparse.training.pruning.selection import keep_highest, keep_highest_of_all, num_removed, protect
+from hf_sparse.training.pruning.selection import decide_inside, keep_highest, keep_highest_of_all, num_removed
 
 
 class BlockMasks:
@@ -32,12 +32,12 @@ class BlockMasks:
             move or be loaded.
         block_shapes: (h, w) for all, or {name: (h, w)}; may hold -1.
         scope: "layer" = every weight has its own budget; "global" = all blocks compete for one.
-        layer_floor: under scope "global", the least that each weight keeps, in [0, 1]: this fraction of the blocks
-            that a budget of its own would leave it.
+        layer_share: under scope "global", the share of a budget of its own that is decided inside each weight, in
+            [0, 1]: so much of what it would keep stays, and of what it would lose goes; the rest competes.
 
     Raises:
         TypeError: if the targets are no mapping of names to layers with a weight matrix.
-        ValueError: for an unknown scope, a floor out of range, or a block shape that is missing or does not tile its
+        ValueError: for an unknown scope, a share out of range, or a block shape that is missing or does not tile its
             layer.
 
     Example:
@@ -56,15 +56,17 @@ class BlockMasks:
         targets: Mapping[str, Prunable],
         block_shapes: BlockShape | Mapping[str, BlockShape],
         scope: str = "layer",
-        layer_floor: float = 0.0,
+        layer_share: float = 0.0,
     ) -> None:
         if scope not in ("layer", "global"):
             raise ValueError(f'scope={scope!r} is not known: use "layer" or "global".')
-        if not 0.0 <= layer_floor <= 1.0:
-            raise ValueError(f"layer_floor={layer_floor!r} must be in [0, 1]: a fraction of each weight's own budget.")
+        if not 0.0 <= layer_share <= 1.0:
+            raise ValueError(
+                f"layer_share={layer_share!r} must be in [0, 1]: the part of a budget that each weight fills itself."
+            )
         self.targets = _checked_targets(targets)
         self.block_shapes = {name: _shape_for(name, target, block_shapes) for name, target in self.targets.items()}
-        self.scope, self.layer_floor = scope, layer_floor
+        self.scope, self.layer_share = scope, layer_share
         self._bitmaps: dict[str, Bitmap] = {}
         self.started = False
         for name, weight in self.weights():
@@ -74,10 +76,10 @@ class BlockMasks:
 
     @classmethod
     def for_model(
-        cls, model: nn.Module, block_shape: BlockShape, scope: str = "layer", layer_floor: float = 0.0
+        cls, model: nn.Module, block_shape: BlockShape, scope: str = "layer", layer_share: float = 0.0
     ) -> BlockMasks:
         """Make masks for the default targets of a model: the linears inside its repeated layers."""
-        return cls(find_targets(model), block_shape, scope, layer_floor)
+        return cls(find_targets(model), block_shape, scope, layer_share)
 
     @property
     def masks(self) -> Mapping[str, Tensor]:
@@ -115,7 +117,9 @@ class BlockMasks:
         return sum(self._removed_weights(name) for name in self.masks) / total if total else 0.0
 
     def check_budgets(self, sparsity: float) -> None:
-        """Refuse a sparsity that would leave some layer, under scope "global" the whole model, without any block.
+        """Refuse a sparsity that would leave the whole model without any block, or a layer that has a budget.
+
+        Under scope "global" layers have one where `layer_share` is above 0.
 
         Raises:
             ValueError: naming the layer, or the number of blocks in all of them.
@@ -129,7 +133,7 @@ class BlockMasks:
                     f"sparsity={sparsity} would remove all {blocks} blocks of the {len(sizes)} target layers, which "
                     f'share one budget (sparsity_scope="global"). Use a lower sparsity or smaller blocks.'
                 )
-        else:
+        if self.scope == "layer" or self.layer_share:
             for name, bitmap in self._bitmaps.items():
                 count = bitmap.num_blocks
                 if sparsity and num_removed(count, sparsity) == count:
@@ -239,10 +243,11 @@ class BlockMasks:
         self.started = any(not bool(mask.all()) for mask in state.values())
 
     def _keep_globally(self, ranked: dict[str, Tensor], sparsity: float) -> dict[str, Tensor]:
-        if self.layer_floor:
-            for name, score in ranked.items():
-                own = score.numel() - num_removed(score.numel(), sparsity)
-                ranked[name] = protect(score, self._bitmaps[name].mask().reshape(-1), int(self.layer_floor * own))
+        if self.layer_share:
+            ranked = {
+                name: decide_inside(score, num_removed(score.numel(), sparsity), self.layer_share)
+                for name, score in ranked.items()
+            }
         sizes = self._sizes()
         total = sum(score.numel() * sizes[name] for name, score in ranked.items())
         return keep_highest_of_all(ranked, sizes, num_removed(total, sparsity))

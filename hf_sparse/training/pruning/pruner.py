@@ -65,7 +65,7 @@ class Pruner:
             self.parts = find_feed_forwards(model, targets)
             overrides = {**overrides, **unit_overrides(self.parts)}
         shapes = assign_block_shapes(targets, config.block_shape, overrides) if active else {}
-        self.masks = BlockMasks(targets, shapes, config.budget_scope, config.layer_floor)
+        self.masks = BlockMasks(targets, shapes, config.budget_scope, config.layer_share)
         self.masks.check_budgets(config.sparsity)
         self.coefs: dict[str, Tensor] = {}
         self.squares = SquaredGradients(targets)

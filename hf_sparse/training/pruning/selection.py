@@ -6,6 +6,7 @@ would decide them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -85,23 +86,26 @@ def keep_highest_of_all(scores: Mapping[str, Tensor], sizes: Mapping[str, int], 
     return kept
 
 
-def protect(score: Tensor, mask: Tensor, count: int) -> Tensor:
-    """Put the `count` highest scores of blocks that are still there above every other score.
+def decide_inside(score: Tensor, removed: int, share: float) -> Tensor:
+    """Decide a share of a layer's own budget before it competes with others: its best blocks stay, its worst go.
 
     Args:
-        score: [n] float, no NaN.
-        mask: [n] bool, True = still there.
-        count: in [0, n].
+        score: [n] float, no NaN; -inf where pruned already.
+        removed: how many blocks a budget of its own would remove, in [0, n].
+        share: the part of these that has to go, and of the others that has to stay, in [0, 1].
 
     Returns:
-        [n], infinite where protected.
+        [n]: +inf where a block has to stay, the lowest finite value where it has to go, else its score.
 
     Example:
-        >>> protect(torch.tensor([3., 1., 2.]), torch.tensor([False, True, True]), 1)
-        tensor([3., 1., inf])
+        >>> decide_inside(torch.tensor([3., 1., 2., 4.]), 2, 0.5).clamp(min=0.)
+        tensor([3., 0., 2., inf])
     """
-    highest = keep_highest(torch.where(mask, score, float("-inf")), score.numel() - count)
-    return torch.where(highest & mask, float("inf"), score)
+    stay, go = math.ceil(share * (score.numel() - removed)), math.ceil(share * removed)
+    there = score > float("-inf")
+    # Above what is pruned already, which counts first.
+    score = torch.where(keep_highest(score, go) | ~there, score, torch.finfo(score.dtype).min)
+    return torch.where(keep_highest(score, score.numel() - stay) & there, float("inf"), score)
 
 
 def _ordered_bits(score: Tensor) -> Tensor:

@@ -77,28 +77,51 @@ def uneven() -> dict[str, nn.Linear]:
     return targets
 
 
-@pytest.mark.parametrize(("floor", "kept"), [(0.0, (0, 20)), (0.25, (2, 18)), (0.5, (4, 16)), (1.0, (8, 12))])
-def test_a_floor_under_a_global_budget(floor: float, kept: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("share", "kept"), [(0.0, (0, 20)), (0.25, (2, 18)), (0.5, (4, 16)), (1.0, (8, 12))])
+def test_a_share_of_a_global_budget_is_filled_inside_each_weight(share: float, kept: tuple[int, int]) -> None:
     targets = uneven()
-    masks = BlockMasks(targets, (4, 1), "global", floor)
+    masks = BlockMasks(targets, (4, 1), "global", share)
     for sparsity in (0.3, 0.6, 0.8):
         masks.choose(sparsity)
     assert tuple(int(mask.sum()) for mask in masks.masks.values()) == kept
     assert masks.off_target(0.8) is None
-    if floor == 1.0:
-        alone = BlockMasks(targets, (4, 1))
-        alone.choose(0.8)
-        assert all(torch.equal(alone.masks[name], mask) for name, mask in masks.masks.items())
     # The best of each are what is left.
     norms = masks.norms()["a"].flatten()
     assert not kept[0] or norms[masks.masks["a"].flatten()].min() > norms[~masks.masks["a"].flatten()].max()
 
 
-def test_a_floor_holds_with_blocks_of_different_size() -> None:
+def test_a_share_of_one_is_a_budget_for_each_weight() -> None:
+    targets = linears(a=(20, 16), b=(12, 32), c=(8, 4))
+    shared, alone = BlockMasks(targets, (4, 1), "global", 1.0), BlockMasks(targets, (4, 1))
+    for masks in (shared, alone):
+        masks.choose(0.75)
+    assert all(torch.equal(alone.masks[name], mask) for name, mask in shared.masks.items())
+
+
+def test_no_weight_is_spared_either() -> None:
+    targets = uneven()
+    free, shared = BlockMasks(targets, (4, 1), "global"), BlockMasks(targets, (4, 1), "global", 0.25)
+    for masks in (free, shared):
+        masks.choose(0.4)
+    assert removed(free) == {"a": 40, "b": 0}
+    # A quarter of the 24 that a budget of its own would take.
+    assert removed(shared) == {"a": 34, "b": 6}
+
+
+def test_a_share_holds_with_blocks_of_different_size() -> None:
     masks = BlockMasks(uneven(), {"a": (4, 1), "b": (4, 4)}, "global", 0.5)
     masks.choose(0.8)
     assert int(masks.masks["a"].sum()) == 4
     assert masks.off_target(0.8) is None
+
+
+def test_many_updates_of_small_weights_end_on_target() -> None:
+    targets = linears(**{f"layer{number}": (4, 3) for number in range(9)}, wide=(4, 40))
+    masks = BlockMasks(targets, (4, 1), "global", 0.25)
+    for number in range(1, 60):
+        masks.choose(number / 100)
+        assert masks.off_target(number / 100) is None
+        assert all(bool(mask.any()) for mask in masks.masks.values())
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
@@ -251,8 +274,8 @@ def other(name: str, mask: Tensor) -> Any:
     ("act", "message"),
     [
         (lambda: BlockMasks(linears(a=(8, 4)), (2, 1), scope="model"), r"scope='model'"),
-        (lambda: BlockMasks(linears(a=(8, 4)), (2, 1), "global", 1.5), r"layer_floor=1\.5 must be in \[0, 1\]"),
-        (lambda: BlockMasks(linears(a=(8, 4)), (2, 1), "global", float("nan")), r"layer_floor=nan must be in"),
+        (lambda: BlockMasks(linears(a=(8, 4)), (2, 1), "global", 1.5), r"layer_share=1\.5 must be in \[0, 1\]"),
+        (lambda: BlockMasks(linears(a=(8, 4)), (2, 1), "global", float("nan")), r"layer_share=nan must be in"),
         (lambda: BlockMasks(linears(a=(8, 4)), (3, 1)), r"a: block_height=3 does not divide the 8 output rows"),
         (lambda: BlockMasks(linears(a=(8, 4)), (2, 1)).choose(1.0), r"sparsity=1\.0 must be in \[0, 1\)"),
         (lambda: BlockMasks(linears(a=(8, 4)), (2, 1)).choose(-0.1), r"sparsity=-0\.1"),
@@ -305,6 +328,14 @@ def test_a_global_budget_that_takes_everything_is_refused() -> None:
     assert removed(mixed) != {"a": 8, "b": 16}
     with pytest.raises(ValueError, match=r"sparsity=0\.99 would remove all 24 blocks"):
         mixed.check_budgets(0.99)
+
+
+def test_a_global_budget_of_which_layers_fill_a_share_leaves_each_a_block() -> None:
+    targets = linears(fine=(64, 4), coarse=(4, 4))
+    shapes = {"fine": (1, 1), "coarse": (4, 4)}
+    BlockMasks(targets, shapes, "global").check_budgets(0.9)
+    with pytest.raises(ValueError, match=r"sparsity=0\.9 would remove all of coarse: it has 1 block"):
+        BlockMasks(targets, shapes, "global", 0.25).check_budgets(0.9)
 
 
 @pytest.mark.parametrize(("targets", "message"), [

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_sparse.training.pruning.selection import keep_highest, keep_highest_of_all, num_removed, protect
+from hf_sparse.training.pruning.selection import decide_inside, keep_highest, keep_highest_of_all, num_removed
 
-INF = float("inf")
+INF, LOWEST = float("inf"), torch.finfo(torch.float32).min
 
 
 def by_sorting(scores: dict[str, Tensor], sizes: dict[str, int], budget: int) -> dict[str, Tensor]:
@@ -77,12 +77,19 @@ def test_inside_one_layer_as_a_stable_sort() -> None:
         assert torch.equal(keep_highest(score, removed), by_sorting({"a": score}, {"a": 1}, removed)["a"])
 
 
-def test_protected_blocks_are_the_highest_that_are_still_there() -> None:
-    score, there = torch.tensor([5.0, 1.0, 4.0, 3.0, 2.0]), torch.tensor([False, True, True, True, True])
-    assert protect(score, there, 2).tolist() == [5.0, 1.0, INF, INF, 2.0]
-    assert protect(score, there, 0).tolist() == score.tolist()
-    # What is gone is not protected, however few are left.
-    assert protect(score, torch.tensor([True, False, False, False, False]), 3).tolist() == [INF, 1.0, 4.0, 3.0, 2.0]
+@pytest.mark.parametrize(("share", "expected"), [
+    (0.0, [-INF, 1.0, 4.0, 3.0, 2.0, 9.0]),
+    (0.25, [-INF, 1.0, 4.0, 3.0, 2.0, INF]),
+    (0.5, [-INF, LOWEST, INF, 3.0, 2.0, INF]),
+    (1.0, [-INF, LOWEST, INF, INF, LOWEST, INF]),
+])  # fmt: skip
+def test_a_share_is_decided_inside(share: float, expected: list[float]) -> None:
+    score = torch.tensor([-INF, 1.0, 4.0, 3.0, 2.0, 9.0])
+    assert decide_inside(score, 3, share).tolist() == expected
+
+
+def test_nothing_that_is_gone_has_to_stay() -> None:
+    assert decide_inside(torch.tensor([-INF, -INF, 1.0]), 1, 1.0).tolist() == [-INF, -INF, INF]
 
 
 @pytest.mark.parametrize(("sparsity", "count"), [(0.0, 0), (0.04, 0), (0.05, 1), (0.5, 5), (0.94, 9), (0.95, 10)])

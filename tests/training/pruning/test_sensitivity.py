@@ -59,7 +59,7 @@ def test_blocks_go_that_the_loss_minds_least(tmp_path: Path, optim: str) -> None
     trainer = make_trainer(
         bert(), tmp_path, rows("classes", 40), importance="fisher", sparsity=0.5, sparsity_schedule="one_shot",
         sparsity_end=0.6, optim=optim,
-        block_height=4, sparsity_scope="global", learning_rate=1e-3,
+        block_height=4, sparsity_scope="global", layer_share=0.0, learning_rate=1e-3,
     )  # fmt: skip
     seen: dict[str, Any] = {}
     choose = trainer.pruner.masks.choose
