@@ -67,6 +67,16 @@ def test_every_cell_of_the_committed_grids_is_a_valid_config(file: str) -> None:
         SparseDistillConfig(**{**grid["training"], **shape, **method}, output_dir="out", use_cpu=True)
 
 
+def test_what_is_called_default_is_the_default() -> None:
+    from hf_sparse import SparseDistillConfig
+
+    grid = accuracy.load_grid(accuracy.GRID.with_name("accuracy_trainer.yaml"))
+    named = SparseDistillConfig(**grid["methods"]["default"], output_dir="out", use_cpu=True)
+    plain = SparseDistillConfig(output_dir="out", use_cpu=True)
+    assert named.budget_scope == plain.budget_scope
+    assert named.agreed_facts == plain.agreed_facts
+
+
 def test_lists_are_multiplied_out_and_a_cell_stands_once() -> None:
     entry = {"task": "sst2", "method": ["agp", "agp+kd"], "block": ["8x1", "1x1"], "sparsity": 0.8, "seed": [1, 2]}
     cells = list(accuracy.expand({**GRID, "cells": [entry, {**entry, "method": "agp"}]}))
@@ -220,6 +230,7 @@ def trained_of() -> dict[str, Any]:
     one = next(cell for cell in cells if cell["method"] == "recipe")
     cells += [{**one, "block": [1, 1], "last": 0.88}, {**one, "block": [4, 1], "last": 0.86}]
     cells += [{**cell, "method": "agp+kd"} for cell in cells if cell["method"].startswith("agp+kd")]
+    cells += [{**cell, "method": "default", "last": 0.85} for cell in cells if cell["method"] == "recipe"]
     return {**found, "floors": {**found["floors"], "sst2": found["floors"]["qnli"]}, "cells": cells}
 
 
@@ -235,7 +246,14 @@ def test_goals_say_what_was_reached_and_what_was_not_run() -> None:
     assert "| 90%, 8 x 1: at least 85% of dense - floor | 80%, mean of QNLI, MNLI, MRPC, SST2 | no |" in text
     assert "(AGP + KD at 4e-4) | +6.0 points, QNLI, MNLI; standard error over seeds 1.4 | yes |" in text
     assert "(both at 4e-4, by the trainer) | +6.0 points, QNLI, SST2; standard error over seeds 1.4 | yes |" in text
-    assert "finished in the grid) | 80% kept; best of the others: agp+kd, half the learning rate, 50% | yes |" in text
+    assert (
+        "90 %: recipe above every other method (QNLI, the grid) | +6.0 points against the best of 1, agp+kd, half the "
+        "learning rate; standard error over seeds 2.0 | yes |"
+    ) in text
+    assert "(SST2, the trainer) | +5.0 points against the best of 2, agp+kd, half" in text
+    assert (
+        "variant of the default ahead of it by two standard errors (QNLI) | -1.0 points against the best of 1" in text
+    )
     assert "| 90%: 4 x 1 within 1 point of 1 x 1 | -2.0 points, QNLI | no |" in text
     assert "| 80%: 4 x 1 within 1 point of 1 x 1 |  | not run |" in text
     assert "| 50 %: within 0.5 point of dense |  | not run |" in text
@@ -243,7 +261,7 @@ def test_goals_say_what_was_reached_and_what_was_not_run() -> None:
     for cell in worse["cells"]:
         if cell.get("method") == "recipe":
             cell["last"] = 0.79
-    assert "finished in the grid) | 45% kept; best of the others: agp+kd, half the learning rate, 50% | no |" in (
+    assert "(QNLI, the grid) | -1.0 points against the best of 1, agp+kd, half the learning rate; one seed | no |" in (
         accuracy_tables.goals_table(worse, trained_of())
     )
 
