@@ -6,7 +6,7 @@ dtype) take a pass per task in torch, with what needs an answer from other ranks
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -68,18 +68,15 @@ def add_penalty_gradient_(
     Returns:
         R, a scalar.
     """
-    values, others = [], {}
-    for name, weight in weights.items():
-        if not (prune.fits(grads[name], weight) and (scale is None or scale.dtype == torch.float32)):
-            others[name] = weight
-            continue
-        bits = None if bitmaps is None else bitmaps[name].move(weight.device).bits
-        here = None if scale is None else scale.to(weight.device)
-        values.append(
-            prune.add_lasso_gradient_(
-                grads[name], weight, shapes[name], amount=amount, coef=coefs.get(name), scale=here, bits=bits
-            )
+    plain = scale is None or scale.dtype == torch.float32
+    native, others = _sorted_out(weights, lambda name, weight: plain and prune.fits(grads[name], weight))
+    values = [
+        prune.add_lasso_gradient_(
+            grads[name], weight, shapes[name], amount=amount, coef=coefs.get(name), scale=_beside(weight, scale),
+            bits=_bits(bitmaps, name, weight),
         )
+        for name, weight in native.items()
+    ]  # fmt: skip
     for norms, coef, names in _together(norms_of_blocks(others, shapes), coefs):
         values.append(lasso_of_norms(norms, coef))
         factors = gradient_factors(norms, coef)
@@ -115,18 +112,14 @@ def shrink_blocks_(
     Returns:
         R before the step, a scalar.
     """
-    values, others = [], {}
-    for name, weight in weights.items():
-        if not prune.fits(weight):
-            others[name] = weight
-            continue
-        bits = None if bitmaps is None else bitmaps[name].move(weight.device).bits
-        here = None if moved is None else moved.to(weight.device)
-        values.append(
-            prune.shrink_(
-                weight, shapes[name], threshold=thresholds[name], coef=coefs.get(name), moved=here, bits=bits
-            )
+    native, others = _sorted_out(weights, lambda _, weight: prune.fits(weight))
+    values = [
+        prune.shrink_(
+            weight, shapes[name], threshold=thresholds[name], coef=coefs.get(name), moved=_beside(weight, moved),
+            bits=_bits(bitmaps, name, weight),
         )
+        for name, weight in native.items()
+    ]  # fmt: skip
     for norms, coef, names in _together(norms_of_blocks(others, shapes), coefs, thresholds):
         values.append(lasso_of_norms(norms, coef))
         factors = shrink_factors(norms, coef, thresholds[names[0]])
@@ -139,6 +132,22 @@ def shrink_blocks_(
         for name, part in _apart(factors, names, others, shapes):
             scale_blocks_of_(others[name], part, shapes[name])
     return _sum(values)
+
+
+def _sorted_out(
+    weights: Mapping[str, Tensor], fits: Callable[[str, Tensor], bool]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Give the weights that the native kernel takes, and the others."""
+    native = {name: weight for name, weight in weights.items() if fits(name, weight)}
+    return native, {name: weight for name, weight in weights.items() if name not in native}
+
+
+def _bits(bitmaps: Mapping[str, Bitmap] | None, name: str, weight: Tensor) -> Tensor | None:
+    return None if bitmaps is None else bitmaps[name].move(weight.device).bits
+
+
+def _beside(weight: Tensor, scalar: Tensor | None) -> Tensor | None:
+    return None if scalar is None else scalar.to(weight.device)
 
 
 def _together(
