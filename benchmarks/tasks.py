@@ -37,21 +37,25 @@ _CLM = (
     f"--block_size 128 --max_eval_samples 400 --per_device_eval_batch_size 16 --logging_steps 50 --learning_rate 2e-3 "
     f"--num_train_epochs 4 {_ALWAYS}"
 )
+_FREE = "--sparsity_scope global --layer_share 0"
 # {name: command}. The first run of a task makes the dense model, the others begin with it. With a sparsity of 0 it
-# only learns on, as long and with the same losses: what pruning costs is the difference to that, too. Blocks are
-# chosen as by default, and with a budget for each layer.
+# only learns on, as long and with the same losses: what pruning costs is the difference to that, too. Layers share a
+# budget as they do by default, without a share of their own ("free"), or not at all ("layer").
+_CLM_DENSE, _QA_DENSE = "--model_name_or_path WORK/clm50-free/_dense", "--model_name_or_path WORK/qa50/_dense"
 RUNS = {
-    "clm50": f"{_CLM} --config_name gpt2 --config_overrides n_embd=128,n_layer=4,n_head=4 --vocab_size 4000 "
-    f"--finetune_epochs 6 --finetune_learning_rate 2e-3 --sparsity 0.5",
+    "clm50-free": f"{_CLM} --config_name gpt2 --config_overrides n_embd=128,n_layer=4,n_head=4 --vocab_size 4000 "
+    f"--finetune_epochs 6 --finetune_learning_rate 2e-3 --sparsity 0.5 {_FREE}",
     "qa50": f"{_QA} --model_name_or_path MINILM --finetune_epochs 2 --finetune_learning_rate 3e-4 --sparsity 0.5",
-    "clm0": f"{_CLM} --model_name_or_path WORK/clm50/_dense --sparsity 0",
-    "clm80": f"{_CLM} --model_name_or_path WORK/clm50/_dense --sparsity 0.8",
-    "clm80-layer": f"{_CLM} --model_name_or_path WORK/clm50/_dense --sparsity 0.8 --sparsity_scope layer",
-    "qa80": f"{_QA} --model_name_or_path WORK/qa50/_dense --sparsity 0.8",
-    "qa80-layer": f"{_QA} --model_name_or_path WORK/qa50/_dense --sparsity 0.8 --sparsity_scope layer",
-    "clm50-layer": f"{_CLM} --model_name_or_path WORK/clm50/_dense --sparsity 0.5 --sparsity_scope layer",
-    "qa0": f"{_QA} --model_name_or_path WORK/qa50/_dense --sparsity 0",
+    "clm0": f"{_CLM} {_CLM_DENSE} --sparsity 0",
+    "clm80": f"{_CLM} {_CLM_DENSE} --sparsity 0.8",
+    "clm80-free": f"{_CLM} {_CLM_DENSE} --sparsity 0.8 {_FREE}",
+    "clm80-layer": f"{_CLM} {_CLM_DENSE} --sparsity 0.8 --sparsity_scope layer",
+    "clm50": f"{_CLM} {_CLM_DENSE} --sparsity 0.5",
+    "qa0": f"{_QA} {_QA_DENSE} --sparsity 0",
+    "qa80": f"{_QA} {_QA_DENSE} --sparsity 0.8",
+    "qa80-layer": f"{_QA} {_QA_DENSE} --sparsity 0.8 --sparsity_scope layer",
 }
+BUDGETS = {"": "one budget", "free": "one budget, no shares", "layer": "a budget for each layer"}
 METRICS = {"qa": "f1", "clm": "perplexity"}
 
 
@@ -62,7 +66,7 @@ def task_of(name: str) -> str:
         >>> task_of("clm80-layer")
         'clm'
     """
-    return name.removesuffix("-layer").rstrip("0123456789")
+    return name.partition("-")[0].rstrip("0123456789")
 
 
 def collect(name: str, folder: Path, floor: float | None) -> dict[str, Any]:
@@ -73,8 +77,7 @@ def collect(name: str, folder: Path, floor: float | None) -> dict[str, Any]:
     task = task_of(name)
     metric = METRICS[task]
     dense_bytes = facts.get("dense_file_bytes", facts["file_bytes"])  # not told where nothing was pruned
-    scope = "a budget for each layer" if name.endswith("-layer") else "one budget"
-    method = f"fisher, {scope}, distilled logits" if facts["sparsity_reached"] else "distilled logits"
+    method = f"fisher, {BUDGETS[name.partition('-')[2]]}" if facts["sparsity_reached"] else "dense, as long"
     row = {
         "task": task, "method": method, "block_shape": facts.get("block_shape"),
         "sparsity": facts["sparsity_reached"], "seed": facts["seed"], "steps": state["global_step"], "metric": metric,
@@ -156,10 +159,13 @@ def main(arguments: list[str]) -> None:
         subprocess.run([sys.executable, *words], check=True, cwd=REPOSITORY, env=environ)
     done = [name for name in RUNS if (given.work / name / "all_results.json").is_file()]
     floors = {
-        task: clm_floor(given.work / "clm50", given.wikitext) if task == "clm" else qa_floor(given.squad)
+        task: clm_floor(given.work / "clm50-free", given.wikitext) if task == "clm" else qa_floor(given.squad)
         for task in {task_of(name) for name in done}
     }
     rows = [collect(name, given.work / name, floors[task_of(name)]) for name in done]
+    # What was run elsewhere stays as it was found there.
+    before = json.loads(given.out.read_text(encoding="utf-8"))["rows"] if given.out.is_file() else []
+    rows += [row for row in before if row["command"].rpartition("/")[2] not in done]
     shown = "python benchmarks/tasks.py --squad SQUAD --wikitext WIKITEXT --minilm MINILM --work WORK"
     results = {"command": shown, **environment(REPOSITORY), "rows": rows}
     given.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

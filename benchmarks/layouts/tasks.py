@@ -59,13 +59,13 @@ def tasks_table(results: dict[str, Any]) -> str:
         Markdown.
     """
     names = {"qa": "question answering, F1", "clm": "language model, perplexity"}
-    lines = ["| run | sparsity | floor | dense | pruned | dev loss, dense | dev loss, pruned | steps | weights |"]
-    lines.append("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
+    lines = ["| run | sparsity | blocks | floor | dense | pruned | dev loss, dense | dev loss, pruned | weights |"]
+    lines.append("|---|--:|---|--:|--:|--:|--:|--:|--:|")
     for row in results["rows"]:
         digits = 1
-        cells = [names[row["task"]], f"{row['sparsity']:.0%}"]
+        cells = [names[row["task"]], f"{row['sparsity']:.0%}", row["method"]]
         cells += [f"{row[key]:.{digits}f}" for key in ("floor_score", "dense_score", "score")]
-        cells += [f"{row['dense_dev_loss']:.3f}", f"{row['dev_loss']:.3f}", str(row["steps"])]
+        cells += [f"{row['dense_dev_loss']:.3f}", f"{row['dev_loss']:.3f}"]
         cells.append(f"{row['dense_bytes'] / 1e6:.2f} -> {row['bytes'] / 1e6:.2f} MB")
         lines.append(f"| {' | '.join(cells)} |")
     notes = [

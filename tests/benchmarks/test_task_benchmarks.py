@@ -60,6 +60,12 @@ RESULTS = {
 }  # fmt: skip
 
 
+def _as_perplexity(folder: Path) -> Path:
+    results = {f"{side}_{metric}": 50.0 for side in ("eval", "dense") for metric in ("perplexity", "accuracy", "loss")}
+    (folder / "all_results.json").write_text(json.dumps({**RESULTS["all_results.json"], **results}))
+    return folder
+
+
 def test_a_run_is_told_with_its_dense_baseline(tmp_path: Path) -> None:
     for name, content in RESULTS.items():
         (tmp_path / name).write_text(json.dumps(content))
@@ -67,7 +73,11 @@ def test_a_run_is_told_with_its_dense_baseline(tmp_path: Path) -> None:
     assert (row["score"], row["dense_score"], row["floor_score"], row["steps"]) == (40.0, 50.0, 3.0, 150)
     assert row["command"].startswith("python examples/run_qa.py") and row["command"].endswith("--output_dir WORK/qa50")
     table = task_tables.tasks_table({"command": "python benchmarks/tasks.py", "rows": [row]})
-    assert "| question answering, F1 | 50% | 3.0 | 50.0 | 40.0 | 1.750 | 2.000 | 150 | 20.00 -> 10.00 MB |" in table
+    told = (
+        "| question answering, F1 | 50% | fisher, one budget | 3.0 | 50.0 | 40.0 | 1.750 | 2.000 | 20.00 -> 10.00 MB |"
+    )
+    assert told in table
+    assert tasks.collect("clm80-layer", _as_perplexity(tmp_path), None)["method"] == "fisher, a budget for each layer"
 
 
 @pytest.mark.parametrize("name", tasks.RUNS)
