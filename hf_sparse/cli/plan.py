@@ -60,14 +60,14 @@ def plan(
         _draw(plans, plot)
     if as_json:
         rows = [asdict(step) for step in plans]
-        print_json(rows if size is None else {"steps": rows, "model": size.to_dict()})
+        print_json(rows if size is None else {"steps": rows, "scope": settings.budget_scope, "model": size.to_dict()})
         return
     if plans:
         _print_table(plans)
     if size is not None:
         typer.echo(str(size))
         if settings.sparsity and settings.budget_scope == "global":
-            typer.echo("One budget for all layers: the sums hold, and training decides which layer keeps how much.")
+            typer.echo("One budget for all layers: the sum holds, and training decides which layer keeps how much.")
 
 
 def _read_values(config_file: Path) -> dict[str, Any]:

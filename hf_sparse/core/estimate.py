@@ -36,7 +36,8 @@ def estimate(
         scope, layer_share: as `BlockMasks` takes them.
 
     Returns:
-        A `SparsityReport`, to within one block per layer of what `report` will tell.
+        A `SparsityReport`: to within one block per layer of what `report` will tell, or under a global scope the sum
+        of all layers to within one block.
 
     Raises:
         ValueError: if `sparsity` is out of range or removes all of a layer that has a budget, the model has no layer
@@ -59,11 +60,11 @@ def estimate(
         if not kept and (scope == "layer" or layer_share):
             raise ValueError(
                 f"sparsity={sparsity} would remove all of {name}: it has {rows * cols} block(s) of shape {shape}. "
-                f"Use smaller blocks for it, or leave it out with exclude_modules."
+                f"Use smaller blocks for it or a lower sparsity, or leave it out with exclude_modules."
             )
         if scope == "global":
             # What rounding takes from one layer goes to the next, so that the sum is right to within a block.
-            kept = min(max(int(owed / math.prod(shape) + 0.5), 1 if layer_share else 0), rows * cols)
+            kept = min(int(owed / math.prod(shape) + 0.5), rows * cols)
         owed -= kept * math.prod(shape)
         dense = weight.numel() * weight.element_size()
         # A layer of which nothing is removed is stored dense.

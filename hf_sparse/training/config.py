@@ -28,9 +28,13 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 # Fields whose effect is compared otherwise, or that have none on a step.
 _NO_FACTS = {
-    "block_height", "block_width", "block_overrides", "target_modules", "exclude_modules", "sparsity_scope", "preset",
+    "block_height", "block_width", "block_overrides", "target_modules", "exclude_modules", "sparsity_scope",
+    "layer_share", "preset",
     "save_format",
 }  # fmt: skip
+
+
+_LAYER_SHARE = 0.25
 
 
 def _field(default: Any, text: str) -> Any:
@@ -88,9 +92,9 @@ class SparseDistillConfig(TrainingArguments):
         'ranked by "fisher", whose scores compare layers, and feed_forward="blocks"; else each layer.',
     )
     layer_share: float = _field(
-        0.25,
+        _LAYER_SHARE,
         "Under a global budget, the share of a budget of its own, in [0, 1], that is decided inside each weight, so "
-        'that none is emptied and none spared; the rest competes. 0 = all of it does, 1 = as under "layer".',
+        "that none is emptied and none spared; the rest competes. 0 = all of it does, 1 = each fills its own.",
     )
     sparsity_schedule: str = _field("cubic", 'How sparsity rises: "cubic", "linear" or "one_shot" (at sparsity_end).')
     sparsity_start: float = _field(0.0, "Fraction of training at which pruning starts.")
@@ -202,6 +206,12 @@ class SparseDistillConfig(TrainingArguments):
                     f"{first}={getattr(self, first)} lies after {second}={getattr(self, second)}: "
                     f"{first} must be at most {second}."
                 )
+        if self.layer_share != _LAYER_SHARE and self.budget_scope == "layer":
+            raise ValueError(
+                f"layer_share={self.layer_share!r} has no effect where each layer has a budget of its own "
+                f"(sparsity_scope={self.sparsity_scope!r}, importance={self.importance!r}, "
+                f"feed_forward={self.feed_forward!r}): set sparsity_scope='global', or leave it out."
+            )
         if self.sparsity_end == 0.0 and self.sparsity > 0.0 and self.penalty_weight > 0.0:
             raise ValueError(
                 "sparsity_end=0.0 leaves no step for penalty_weight to act: raise it, or set penalty_weight=0."

@@ -251,7 +251,7 @@ class SparseDistillTrainer(ResumingTrainer):
         coefs = load_state(resume_from_checkpoint, self.pruner.masks, self._agreed_facts())
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.pruner.coefs = coefs
-        self.pruner.squares.own = load_squares(resume_from_checkpoint)
+        load_squares(resume_from_checkpoint, self.pruner.squares)
         self.distiller.load(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
@@ -267,7 +267,7 @@ class SparseDistillTrainer(ResumingTrainer):
             with under_own_names(self.student):
                 super().save_model(output_dir, _internal_call)
             if self.args.should_save:
-                save_state(folder, self.pruner.masks, self.pruner.coefs, self._agreed_facts(), self.pruner.squares.own)
+                save_state(folder, self.pruner.masks, self.pruner.coefs, self._agreed_facts(), self.pruner.squares)
                 self.distiller.save(folder)
             return
         whole = self.engine.whole(self.student, keep=self.args.should_save)

@@ -56,7 +56,11 @@ def test_the_size_is_that_of_the_model_once_it_is_pruned(
         by_name = {layer["name"]: layer for layer in found["layers"]}
         assert {layer["name"]: layer for layer in expected["layers"]} == by_name
     if scope == "global":  # as nothing else was asked for
-        assert json.loads(cli("plan", "--model", folder, *options, "--json").out) == {"steps": [], "model": expected}
+        assert json.loads(cli("plan", "--model", folder, *options, "--json").out) == {
+            "steps": [],
+            "scope": "global",
+            "model": expected,
+        }
 
 
 def test_schedule_and_size_together(cli: Cli, config: Path, tmp_path: Path) -> None:
@@ -124,7 +128,7 @@ def test_under_one_budget_the_sums_hold_and_no_layer_has_to_keep_a_block(cli: Cl
     file.write_text(json.dumps(settings))
     done = cli("plan", file, "--model", folder)
     assert done.out.endswith(
-        "One budget for all layers: the sums hold, and training decides which layer keeps how much.\n"
+        "One budget for all layers: the sum holds, and training decides which layer keeps how much.\n"
     )
     told = json.loads(cli("plan", file, "--model", folder, "--json").out)["model"]
     assert min(layer["kept_blocks"] for layer in told["layers"]) == 0
@@ -133,10 +137,11 @@ def test_under_one_budget_the_sums_hold_and_no_layer_has_to_keep_a_block(cli: Cl
     trainer.train()
     kept = sum(int(mask.sum()) for mask in trainer.pruner.masks.masks.values())
     assert kept == sum(layer["kept_blocks"] for layer in told["layers"]) == 6
-    for share in ({"layer_share": 0.25}, {"sparsity_scope": "layer"}):
-        file.write_text(json.dumps({**settings, **share}))
+    del settings["layer_share"]
+    for scope in ("auto", "layer"):
+        file.write_text(json.dumps({**settings, "sparsity_scope": scope}))
         assert "would remove all of bert.encoder.layer.0" in cli("plan", file, "--model", folder).err
-    file.write_text(json.dumps({**settings, "sparsity": 0.999}))
+    file.write_text(json.dumps({**settings, "sparsity": 0.999, "layer_share": 0.0}))
     assert "would remove all blocks of the 12 target layers: lower it" in cli("plan", file, "--model", folder).err
 
 

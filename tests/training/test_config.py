@@ -133,6 +133,12 @@ def test_overrides_may_be_an_object_in_a_file() -> None:
     assert config().shape_overrides == {}
 
 
+@pytest.mark.parametrize("given", [{"sparsity_scope": "layer"}, {"importance": "magnitude"}, {"preset": "hybrid"}])
+def test_a_share_of_no_budget_is_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"layer_share=0\.5 has no effect where each layer has a budget of its own"):
+        config(layer_share=0.5, **given)
+
+
 @pytest.mark.parametrize(("given", "scope"), [
     ({}, "global"),
     ({"importance": "magnitude"}, "layer"),

@@ -75,8 +75,9 @@ def test_resumed_equals_straight_through(name: str, importance: str, tmp_path: P
         assert_same(straight.pruner.masks.state_dict(), again.pruner.masks.state_dict())
 
 
-def test_resumed_with_an_optimizer_that_keeps_no_squares(tmp_path: Path) -> None:
-    given = {"save_strategy": "steps", "save_steps": 1, "optim": "sgd", "learning_rate": 0.1}
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_resumed_with_an_optimizer_that_keeps_no_squares(tmp_path: Path, scope: str) -> None:
+    given = {"save_strategy": "steps", "save_steps": 1, "optim": "sgd", "learning_rate": 0.1, "sparsity_scope": scope}
     straight = trainer_in(tmp_path / "a", "mixtral", **given)
     straight.train()
     again = trainer_in(tmp_path / "b", "mixtral", **{**given, "save_strategy": "no"})

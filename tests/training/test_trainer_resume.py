@@ -251,6 +251,18 @@ def test_a_state_of_another_version_is_refused(straight: Any, tmp_path: Path, st
         load_state(folder, trainer_in(tmp_path / "out").pruner.masks, {})
 
 
+def test_a_share_that_is_not_known_is_not_taken_for_the_default(straight: Any, tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    folder = copy_of(straight[0] / "checkpoint-4", tmp_path)
+    with safe_open(folder / STATE_FILE, framework="pt") as handle:
+        state = json.loads(handle.metadata()["hf_sparse_state"])
+    assert state.pop("layer_share") == 0.25 and "layer_share" not in state["facts"]
+    save_file(load_file(folder / STATE_FILE), folder / STATE_FILE, metadata={"hf_sparse_state": json.dumps(state)})
+    with pytest.raises(ValueError, match=r"layer_share was None, in this run it is 0\.25"):
+        load_state(folder, trainer_in(tmp_path / "out").pruner.masks, {})
+
+
 @pytest.mark.parametrize("missing", ["block_shapes", "scope", "facts"])
 def test_a_state_with_a_part_missing_is_refused(straight: Any, tmp_path: Path, missing: str) -> None:
     from safetensors import safe_open

@@ -15,6 +15,7 @@ from torch import Tensor
 from hf_sparse.core.blocks import grid_shape
 from hf_sparse.core.stored.packing import FormatError
 from hf_sparse.training.pruning.masks import BlockMasks
+from hf_sparse.training.pruning.sensitivity import SquaredGradients
 
 STATE_FILE = "sparsity_state.safetensors"
 _VERSION = 1
@@ -25,7 +26,7 @@ def save_state(
     masks: BlockMasks,
     coefs: Mapping[str, Tensor],
     facts: Mapping[str, Any],
-    squares: Mapping[str, Tensor] | None = None,
+    squares: SquaredGradients | None = None,
 ) -> None:
     """Write masks and coefficients beside a dense checkpoint, whole or not at all.
 
@@ -34,13 +35,17 @@ def save_state(
         masks: all masks of the run.
         coefs: {name: [R, C]} reweighting coefficients; empty before the first reweighting.
         facts: plain values that a resumed run has to agree with, such as the teacher's fingerprint.
-        squares: {name: mean} of squared gradients, where the optimizer keeps none itself.
+        squares: of which those are written that the optimizer does not keep itself.
     """
     tensors = {f"{name}.mask": mask for name, mask in masks.state_dict().items()}
-    tensors |= {f"{name}.square": square.detach().cpu().contiguous() for name, square in (squares or {}).items()}
+    if squares is not None:
+        tensors |= {f"{name}.square": square.detach().cpu().contiguous() for name, square in squares.own.items()}
+        tensors |= {f"{name}.steps": steps.detach().cpu() for name, steps in squares.steps.items()}
     tensors |= {f"{name}.coef": coef.detach().cpu().contiguous() for name, coef in coefs.items()}
     shapes = {name: list(shape) for name, shape in masks.block_shapes.items()}
-    state = {"version": _VERSION, "block_shapes": shapes, "scope": masks.scope, "facts": dict(facts)}
+    # The scope as it came out, and the share where it counts: "auto" follows other settings.
+    budget = {"scope": masks.scope, "layer_share": masks.layer_share if masks.scope == "global" else None}
+    state = {"version": _VERSION, "block_shapes": shapes, **budget, "facts": dict(facts)}
     target = Path(folder) / STATE_FILE
     target.parent.mkdir(parents=True, exist_ok=True)
     staged = target.with_name(f".{STATE_FILE}.{os.getpid()}")
@@ -93,11 +98,12 @@ def load_state(folder: str | os.PathLike[str], masks: BlockMasks, facts: Mapping
     return coefs
 
 
-def load_squares(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read the running means of squared gradients of a checkpoint that `load_state` has accepted; often empty."""
+def load_squares(folder: str | os.PathLike[str], squares: SquaredGradients) -> None:
+    """Read the running means of squared gradients of a checkpoint that `load_state` has accepted; often none."""
     with safe_open(Path(folder) / STATE_FILE, framework="pt") as handle:
-        keys = [key for key in handle.keys() if key.endswith(".square")]  # noqa: SIM118 (no mapping)
-        return {key.removesuffix(".square"): handle.get_tensor(key) for key in keys}
+        for ending, held in ((".square", squares.own), (".steps", squares.steps)):
+            keys = [key for key in handle.keys() if key.endswith(ending)]  # noqa: SIM118 (no mapping)
+            held.update({key.removesuffix(ending): handle.get_tensor(key) for key in keys})
 
 
 def _compare(file: Path, state: dict[str, Any], masks: BlockMasks, facts: Mapping[str, Any]) -> None:
@@ -113,8 +119,9 @@ def _compare(file: Path, state: dict[str, Any], masks: BlockMasks, facts: Mappin
                 f"{file}: {name} was pruned in blocks of {saved[name]}, this run asks for {shape}. "
                 f"Resume with the same block_height, block_width and block_overrides."
             )
-    # The scope as it came out: "auto" follows importance, which is named before it.
     old, facts = {**state["facts"], "sparsity_scope": state["scope"]}, {**facts, "sparsity_scope": masks.scope}
+    if state["scope"] == masks.scope == "global":
+        old, facts = {**old, "layer_share": state.get("layer_share")}, {**facts, "layer_share": masks.layer_share}
     differing = [key for key in facts if key in old and old[key] != facts[key]]
     changed = [f"{key} was {old[key]!r}, in this run it is {facts[key]!r}" for key in differing]
     if changed:

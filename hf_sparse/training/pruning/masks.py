@@ -21,7 +21,7 @@ from hf_sparse.core.structure.targets import find_targets, grad_view, tiled_shap
 from hf_sparse.training.distributed import norms_of_blocks, pruned_are_zero
 from hf_sparse.training.pruning.importance import magnitudes
 from hf_sparse.training.pruning.passes import mask_blocks_
-from hf_sparse.training.pruning.selection import decide_inside, keep_highest, keep_highest_of_all, num_removed
+from hf_sparse.training.pruning.selection import keep_highest, keep_with_shares, num_removed
 
 
 class BlockMasks:
@@ -33,7 +33,8 @@ class BlockMasks:
         block_shapes: (h, w) for all, or {name: (h, w)}; may hold -1.
         scope: "layer" = every weight has its own budget; "global" = all blocks compete for one.
         layer_share: under scope "global", the share of a budget of its own that is decided inside each weight, in
-            [0, 1]: so much of what it would keep stays, and of what it would lose goes; the rest competes.
+            [0, 1]: so much of what it would lose goes first, and of what it would keep last; the rest competes. With 0
+            all of it does (the trainer's default is 0.25).
 
     Raises:
         TypeError: if the targets are no mapping of names to layers with a weight matrix.
@@ -131,7 +132,7 @@ class BlockMasks:
             if sparsity and total and num_removed(total, sparsity) >= total:
                 raise ValueError(
                     f"sparsity={sparsity} would remove all {blocks} blocks of the {len(sizes)} target layers, which "
-                    f'share one budget (sparsity_scope="global"). Use a lower sparsity or smaller blocks.'
+                    f"share one budget. Use a lower sparsity or smaller blocks."
                 )
         if self.scope == "layer" or self.layer_share:
             for name, bitmap in self._bitmaps.items():
@@ -139,17 +140,19 @@ class BlockMasks:
                 if sparsity and num_removed(count, sparsity) == count:
                     raise ValueError(
                         f"sparsity={sparsity} would remove all of {name}: it has {count} block(s) of shape "
-                        f"{self.block_shapes[name]}. Use smaller blocks for it, or leave it out with exclude_modules."
+                        f"{self.block_shapes[name]}. Use smaller blocks for it or a lower sparsity, or leave it out "
+                        f"with exclude_modules."
                     )
 
     @torch.no_grad()
-    def choose(self, sparsity: float, scores: Mapping[str, Tensor] | None = None) -> None:
+    def choose(self, sparsity: float, scores: Mapping[str, Tensor] | None = None, share: float | None = None) -> None:
         """Choose which blocks to keep. Pruned blocks never come back. Does not touch the weights.
 
         Args:
             sparsity: fraction to remove, [0, 1), within one block of each budget; less than is removed already
                 removes nothing more.
             scores: {name: [R, C]}, higher = kept longer; None = magnitude.
+            share: in place of `layer_share`, where these scores say less or more about layers than others do.
 
         Raises:
             ValueError: if sparsity is no number in this range, or scores are missing, do not fit or hold NaN. Looking
@@ -180,7 +183,8 @@ class BlockMasks:
                 f"blocks cannot be ranked. Weights, gradients or inputs that they were made from are not finite: "
                 f"where training diverged, lower the learning rate or resume from an earlier checkpoint."
             )
-        keep = self._keep_globally(ranked, sparsity) if self.scope == "global" else {
+        share = self.layer_share if share is None else share
+        keep = self._keep_globally(ranked, sparsity, share) if self.scope == "global" else {
             name: keep_highest(score, num_removed(score.numel(), sparsity)) for name, score in ranked.items()
         }  # fmt: skip
         for name, kept in keep.items():
@@ -207,7 +211,7 @@ class BlockMasks:
 
     def off_target(self, sparsity: float) -> str | None:
         """Say which budget misses a sparsity by more than one block; None if none does. Waits for the device."""
-        if self.scope == "global":
+        if self.scope == "global" and self.targets:
             total = sum(weight.numel() for _, weight in self.weights())
             largest = max(h * w for h, w in self.block_shapes.values())
             reached = self.sparsity
@@ -242,15 +246,9 @@ class BlockMasks:
             self._bitmaps[name].bits.copy_(pack_bits(saved.reshape(-1)))
         self.started = any(not bool(mask.all()) for mask in state.values())
 
-    def _keep_globally(self, ranked: dict[str, Tensor], sparsity: float) -> dict[str, Tensor]:
-        if self.layer_share:
-            ranked = {
-                name: decide_inside(score, num_removed(score.numel(), sparsity), self.layer_share)
-                for name, score in ranked.items()
-            }
-        sizes = self._sizes()
-        total = sum(score.numel() * sizes[name] for name, score in ranked.items())
-        return keep_highest_of_all(ranked, sizes, num_removed(total, sparsity))
+    def _keep_globally(self, ranked: dict[str, Tensor], sparsity: float, share: float) -> dict[str, Tensor]:
+        alive = {name: self._bitmaps[name].mask().reshape(-1) for name in ranked}
+        return keep_with_shares(ranked, alive, self._sizes(), sparsity, share)
 
     def _sizes(self) -> dict[str, int]:
         """What a block counts in a global budget: 1 where all are of one size, else its weights."""

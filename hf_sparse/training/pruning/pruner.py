@@ -93,8 +93,8 @@ class Pruner:
             broadcast_from_rank_0_(self.coefs)
         if plan.update_masks:
             check_agreement(self.masks.bits, f"before the mask update of step {plan.step}")
-            scores = tie_scores(self._scores(measure, optimizer), self.parts)
-            self.masks.choose(plan.sparsity, scores)
+            scores, share = self._scores(measure, optimizer)
+            self.masks.choose(plan.sparsity, tie_scores(scores, self.parts), share)
             broadcast_from_rank_0_(self.masks.bits)
             check_agreement(self.masks.bits, f"after the mask update of step {plan.step}")
             self.masks.apply_()
@@ -187,20 +187,26 @@ class Pruner:
                 "training ended with weights in pruned blocks: something wrote to them after the last step."
             )
 
-    def _scores(self, measure: Callable[[], Mapping[str, Tensor]] | None, optimizer: Any) -> dict[str, Tensor]:
+    def _scores(
+        self, measure: Callable[[], Mapping[str, Tensor]] | None, optimizer: Any
+    ) -> tuple[dict[str, Tensor], float | None]:
+        """Give the scores of all blocks, and the share that each layer decides itself if not the usual one."""
         weights, shapes = dict(self.masks.weights()), self.masks.block_shapes
         if self.config.importance == "magnitude":
-            return magnitudes(norms_of_blocks(weights, shapes), shapes)
+            return magnitudes(norms_of_blocks(weights, shapes), shapes), None
         if self.config.importance == "fisher":
             squares = self.squares.means(optimizer)
             felt = {name: weight * squares[name].sqrt().to(weight.dtype) for name, weight in weights.items()}
-            return magnitudes(norms_of_blocks(felt, shapes), shapes)
+            # Before the first gradients this ranks by magnitude, which does not compare layers.
+            known = any(square.ndim for square in squares.values())
+            share = None if known or self.config.sparsity_scope != "auto" else 1.0
+            return magnitudes(norms_of_blocks(felt, shapes), shapes), share
         if measure is None:
             raise ValueError(f"importance={self.config.importance!r} looks at a batch: pass measure to begin_step.")
         rms = measure()
         # The forward that measured may have gathered weights.
         reshard(self.model)
-        return magnitudes(norms_of_blocks(dict(self.masks.weights()), shapes, rms), shapes)
+        return magnitudes(norms_of_blocks(dict(self.masks.weights()), shapes, rms), shapes), None
 
     def _coefs(self) -> dict[str, Tensor]:
         for name, coef in self.coefs.items():

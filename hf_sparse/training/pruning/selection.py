@@ -40,18 +40,14 @@ def keep_highest(scores: Tensor, removed: int) -> Tensor:
         >>> keep_highest(torch.tensor([3., 1., 1., 2.]), 1)
         tensor([ True, False,  True,  True])
     """
-    if removed == 0:
-        return torch.ones_like(scores, dtype=torch.bool)
-    threshold = torch.kthvalue(scores, removed).values
-    below, tied = scores < threshold, scores == threshold
-    return ~(below | (tied & (tied.cumsum(0) <= removed - below.sum())))
+    return keep_highest_of_all({"": scores}, {"": 1}, removed)[""]
 
 
 def keep_highest_of_all(scores: Mapping[str, Tensor], sizes: Mapping[str, int], budget: int) -> dict[str, Tensor]:
     """Remove the lowest of all scores, in order, until the next one would exceed the budget.
 
-    The layers are never put together, so that a large model takes no more memory than its largest layer, and they may
-    lie on different devices.
+    The layers are never put together: besides the result it takes the memory of the largest, and they may lie on
+    different devices.
 
     Args:
         scores: {name: [n] float, no NaN}; n may differ.
@@ -86,26 +82,64 @@ def keep_highest_of_all(scores: Mapping[str, Tensor], sizes: Mapping[str, int], 
     return kept
 
 
-def decide_inside(score: Tensor, removed: int, share: float) -> Tensor:
-    """Decide a share of a layer's own budget before it competes with others: its best blocks stay, its worst go.
+def keep_with_shares(
+    scores: Mapping[str, Tensor], alive: Mapping[str, Tensor], sizes: Mapping[str, int], sparsity: float, share: float
+) -> dict[str, Tensor]:
+    """Remove the lowest of all scores, after each layer has decided a share of what its own budget would be.
+
+    So much of what a layer would lose by itself goes first, and so much of what it would keep goes last, its best
+    block last of all. The budget is met to within a block: where layers have so few blocks that their shares, rounded
+    up, do not fit it, the scores decide among them.
 
     Args:
-        score: [n] float, no NaN; -inf where pruned already.
-        removed: how many blocks a budget of its own would remove, in [0, n].
-        share: the part of these that has to go, and of the others that has to stay, in [0, 1].
+        scores: {name: [n] float, no NaN}.
+        alive: {name: [n] bool}, False = pruned already, which counts first.
+        sizes: {name: what removing one block of this layer takes from the budget}, positive.
+        sparsity: fraction to remove, in [0, 1).
+        share: in [0, 1]; 0 = all blocks compete.
 
     Returns:
-        [n]: +inf where a block has to stay, the lowest finite value where it has to go, else its score.
+        {name: [n] bool, True = keep}.
 
     Example:
-        >>> decide_inside(torch.tensor([3., 1., 2., 4.]), 2, 0.5).clamp(min=0.)
-        tensor([3., 0., 2., inf])
+        >>> scores = {"a": torch.tensor([1., 2., 3., 4.]), "b": torch.tensor([5., 6., 7., 8.])}
+        >>> alive, sizes = {name: score > 0 for name, score in scores.items()}, {"a": 1, "b": 1}
+        >>> [keep_with_shares(scores, alive, sizes, 0.5, share)["a"].sum().item() for share in (0.0, 0.5, 1.0)]
+        [0, 1, 2]
     """
-    stay, go = math.ceil(share * (score.numel() - removed)), math.ceil(share * removed)
-    there = score > float("-inf")
-    # Above what is pruned already, which counts first.
-    score = torch.where(keep_highest(score, go) | ~there, score, torch.finfo(score.dtype).min)
-    return torch.where(keep_highest(score, score.numel() - stay) & there, float("inf"), score)
+    tiers = {name: _tiers(score, alive[name], sparsity, share) for name, score in scores.items()}
+    left = num_removed(sum(sizes[name] * score.numel() for name, score in scores.items()), sparsity)
+    counts = torch.zeros(_TIERS, dtype=torch.int64)
+    for name, tier in tiers.items():
+        counts += torch.bincount(tier, minlength=_TIERS).cpu() * sizes[name]
+    for at, count in enumerate(counts.tolist()):
+        if left < count:
+            kept = {name: tier > at for name, tier in tiers.items()}
+            here = {name: tier == at for name, tier in tiers.items()}
+            chosen = keep_highest_of_all({name: scores[name][here[name]] for name in scores}, sizes, left)
+            for name, inside in chosen.items():
+                kept[name][here[name]] = inside
+            return kept
+        left -= count
+    return {name: torch.zeros_like(tier, dtype=torch.bool) for name, tier in tiers.items()}
+
+
+_TIERS = 5  # pruned, to go, competing, to stay, the best block
+
+
+def _tiers(score: Tensor, alive: Tensor, sparsity: float, share: float) -> Tensor:
+    """Tell in which order the blocks of a layer go, whatever others score: [n] uint8, the lowest first."""
+    blocks, removed = score.numel(), num_removed(score.numel(), sparsity)
+    score = torch.where(alive, score, float("-inf"))
+    # Rounded up, but not for what floats add to a whole number.
+    go, stay = (math.ceil(round(share * count, 6)) for count in (removed, blocks - removed))
+    tiers = torch.full_like(score, 2, dtype=torch.uint8)
+    if go:
+        tiers[~keep_highest(score, go)] = 1
+    if stay:
+        tiers[keep_highest(score, blocks - stay)] = 3
+        tiers[score.argmax()] = 4
+    return tiers.masked_fill_(~alive, 0)
 
 
 def _ordered_bits(score: Tensor) -> Tensor:

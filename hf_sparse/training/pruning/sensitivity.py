@@ -6,6 +6,7 @@ keeps none they are kept here, by the same rule, for as long as masks are still 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -27,11 +28,13 @@ class SquaredGradients:
 
     Attributes:
         own: {name: mean, in the weight's shape} of those that the optimizer does not keep.
+        steps: {name: scalar}, how many gradients are in it.
     """
 
     def __init__(self, targets: Mapping[str, Prunable]) -> None:
         self.targets = targets
         self.own: dict[str, Tensor] = {}
+        self.steps: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def watch(self, optimizer: Any, moved: Tensor | None = None) -> None:
@@ -52,16 +55,20 @@ class SquaredGradients:
                 raise no_means_of_shards(type(getattr(optimizer, "optimizer", optimizer)).__name__)
             square = weight.grad.float().square()
             old = self.own[name].to(square.device) if name in self.own else torch.zeros_like(square)
+            steps = self.steps[name].to(square.device) if name in self.steps else square.new_zeros(())
             # Without the factor (1 - DECAY), which is the same for all: only ratios matter.
             new = DECAY * old + square
             self.own[name] = new if moved is None else torch.where(moved, new, old)
+            self.steps[name] = steps + (1.0 if moved is None else moved.to(steps.dtype))
 
     @torch.no_grad()
     def means(self, optimizer: Any) -> dict[str, Tensor]:
         """Give the means as [O, I], or as a scalar for a linear that has had no gradient yet.
 
         Such a linear counts as sensitive as the others are on average; before the first gradients all count the same.
-        What the optimizer keeps and what is kept here differ by a common factor, so one run uses one of them.
+        What the optimizer keeps and what is kept here differ by a common factor, so one run uses one of them. Means
+        start from zero: one that has seen fewer gradients than others (of a layer that the teacher stood in for) is
+        made up for that, as Adam does in its own steps.
 
         Args:
             optimizer: what moves the weights; None before there is one.
@@ -70,18 +77,47 @@ class SquaredGradients:
             {name: [O, I] or scalar, >= 0}.
         """
         found: dict[str, Tensor] = {}
+        filled = self._filled(optimizer)
+        fullest = max(filled.values(), default=1.0)
         for name, module in self.targets.items():
             weight = cast(Tensor, module.weight)
             square = _kept_by(optimizer, weight)
-            square = self.own.get(name) if square is None else square
+            # What only skipped steps have been seen for is still all zeros.
+            square = self.own[name] if square is None and name in self.own and name in filled else square
             if square is not None:
-                found[name] = oriented(module, square.to(weight.device))
+                square = oriented(module, square.to(weight.device))
+                part = filled.get(name, fullest)
+                found[name] = square if part == fullest else square * (fullest / part)
         average = torch.stack([square.float().mean() for square in found.values()]).mean() if found else None
         missing = [name for name in self.targets if name not in found]
         for name in missing:
             weight = cast(Tensor, self.targets[name].weight)
             found[name] = torch.ones((), device=weight.device) if average is None else average.to(weight.device)
         return {name: found[name] for name in self.targets}
+
+    def _filled(self, optimizer: Any) -> dict[str, float]:
+        """How much of each mean is there, in (0, 1]: 1 - decay^steps; without those of which it is not known."""
+        groups = [] if optimizer is None else optimizer.param_groups
+        decays = {id(weight): group["betas"][1] for group in groups if "betas" in group for weight in group["params"]}
+        steps, logs = {}, {}
+        for name, module in self.targets.items():
+            weight = cast(Tensor, module.weight)
+            kept = None if optimizer is None else optimizer.state.get(weight, {}).get("step")
+            if name in self.steps:
+                steps[name], logs[name] = self.steps[name], math.log(DECAY)
+            elif (
+                _kept_by(optimizer, weight) is not None
+                and kept is not None
+                and 0.0 < decays.get(id(weight), 0.0) < 1.0
+            ):
+                steps[name], logs[name] = torch.as_tensor(kept), math.log(decays[id(weight)])
+        # One answer of the device for all of them.
+        device = next((step.device for step in steps.values() if step.device.type != "cpu"), torch.device("cpu"))
+        counts = torch.stack([step.float().to(device) for step in steps.values()]).tolist() if steps else []
+        return {
+            name: -math.expm1(count * log)
+            for (name, log), count in zip(logs.items(), counts, strict=True) if count >= 1.0
+        }  # fmt: skip
 
 
 def keeps_means(optimizer_class: Any, settings: Mapping[str, Any], device: torch.device) -> bool | None:

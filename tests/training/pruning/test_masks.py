@@ -98,6 +98,19 @@ def test_a_share_of_one_is_a_budget_for_each_weight() -> None:
     assert all(torch.equal(alone.masks[name], mask) for name, mask in shared.masks.items())
 
 
+def test_a_budget_without_targets_is_met() -> None:
+    masks = BlockMasks({}, (4, 1), "global")
+    masks.check_budgets(0.5)
+    masks.choose(0.5)
+    assert masks.off_target(0.5) is None
+
+
+def test_the_share_of_one_update_may_be_another() -> None:
+    masks = BlockMasks(uneven(), (4, 1), "global", 0.0)
+    masks.choose(0.4, share=1.0)
+    assert removed(masks) == {"a": 16, "b": 24}
+
+
 def test_no_weight_is_spared_either() -> None:
     targets = uneven()
     free, shared = BlockMasks(targets, (4, 1), "global"), BlockMasks(targets, (4, 1), "global", 0.25)
@@ -319,7 +332,7 @@ def test_a_global_budget_that_takes_everything_is_refused() -> None:
     masks.check_budgets(0.95)
     masks.choose(0.95)
     assert sum(removed(masks).values()) == 11
-    with pytest.raises(ValueError, match=r'0\.96 would remove all 12 blocks of the 2 target layers.*"global"'):
+    with pytest.raises(ValueError, match=r"0\.96 would remove all 12 blocks of the 2 target layers, which share"):
         masks.check_budgets(0.96)
     mixed = BlockMasks(linears(a=(8, 4), b=(4, 4)), {"a": (4, 1), "b": (1, 1)}, scope="global")
     # 48 weights, of which a block of one weight may be the last.

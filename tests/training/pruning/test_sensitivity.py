@@ -38,6 +38,47 @@ def test_for_other_optimizers_the_same_means_are_kept() -> None:
     torch.testing.assert_close(squares.means(sgd)["a"], expected)
 
 
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_fewer_gradients_are_made_up_for(kind: Any) -> None:
+    often, seldom = nn.Linear(3, 2, bias=False), nn.Linear(3, 2, bias=False)
+    optimizer = kind([often.weight, seldom.weight], lr=0.1)
+    squares = SquaredGradients({"often": often, "seldom": seldom})
+    for step in range(20):
+        # The same gradient throughout: whoever has seen more of them must not count as more sensitive.
+        often.weight.grad, seldom.weight.grad = (
+            torch.full((2, 3), 0.5),
+            torch.full((2, 3), 0.5) if step % 4 == 0 else None,
+        )
+        optimizer.step()
+        squares.watch(optimizer)
+    means = squares.means(optimizer)
+    torch.testing.assert_close(means["seldom"], means["often"])
+    held = squares.own["often"] if kind is torch.optim.SGD else optimizer.state[often.weight]["exp_avg_sq"]
+    assert torch.equal(means["often"], held)
+
+
+def test_skipped_steps_alone_tell_nothing() -> None:
+    linear = nn.Linear(3, 2, bias=False)
+    optimizer, squares = torch.optim.SGD([linear.weight], lr=0.1), SquaredGradients({"a": linear})
+    linear.weight.grad = torch.full((2, 3), float("inf"))
+    squares.watch(optimizer, torch.tensor(False))
+    assert squares.means(optimizer)["a"].ndim == 0
+
+
+@pytest.mark.parametrize(("scope", "same"), [("auto", True), ("global", False)])
+def test_before_the_first_gradients_layers_are_not_compared(tmp_path: Path, scope: str, same: bool) -> None:
+    model = bert()
+    with torch.no_grad():
+        for module in model.bert.encoder.layer[1].modules():
+            if isinstance(module, nn.Linear):
+                module.weight *= 0.2
+    trainer = make_trainer(model, tmp_path, rows("classes", 8), sparsity=0.75, sparsity_end=0.0, max_steps=1,
+                           sparsity_scope=scope, block_height=4)  # fmt: skip
+    trainer.train()
+    kept = {name: float(mask.float().mean()) for name, mask in trainer.pruner.masks.masks.items()}
+    assert (set(kept.values()) == {0.25}) is same
+
+
 def test_a_linear_without_gradients_counts_as_the_average() -> None:
     linear, optimizer = train_linear(torch.optim.AdamW, 2)
     means = SquaredGradients({"a": linear, "b": nn.Linear(2, 2)}).means(optimizer)
@@ -64,7 +105,7 @@ def test_blocks_go_that_the_loss_minds_least(tmp_path: Path, optim: str) -> None
     seen: dict[str, Any] = {}
     choose = trainer.pruner.masks.choose
 
-    def watch(sparsity: float, scores: Any) -> None:
+    def watch(sparsity: float, scores: Any, share: float | None) -> None:
         weights = dict(trainer.pruner.masks.weights())
         seen["squares"] = {k: v.clone() for k, v in trainer.pruner.squares.means(trainer.optimizer).items()}
         seen["expected"] = {
@@ -72,7 +113,7 @@ def test_blocks_go_that_the_loss_minds_least(tmp_path: Path, optim: str) -> None
             for name, weight in weights.items()
         }
         seen["scores"] = scores
-        choose(sparsity, scores)
+        choose(sparsity, scores, share)
 
     trainer.pruner.masks.choose = watch  # type: ignore[method-assign]
     trainer.train()
