@@ -21,7 +21,7 @@ from hf_sparse.core.structure.targets import find_targets, grad_view, tiled_shap
 from hf_sparse.training.distributed import norms_of_blocks, pruned_are_zero
 from hf_sparse.training.pruning.importance import magnitudes
 from hf_sparse.training.pruning.passes import mask_blocks_
-from hf_sparse.training.pruning.selection import keep_highest, keep_with_shares, num_removed
+from hf_sparse.training.pruning.selection import keep_highest, keep_highest_of_all, num_removed, share_bounds
 
 
 class BlockMasks:
@@ -247,8 +247,15 @@ class BlockMasks:
         self.started = any(not bool(mask.all()) for mask in state.values())
 
     def _keep_globally(self, ranked: dict[str, Tensor], sparsity: float, share: float) -> dict[str, Tensor]:
+        sizes = self._sizes()
         alive = {name: self._bitmaps[name].mask().reshape(-1) for name in ranked}
-        return keep_with_shares(ranked, alive, self._sizes(), sparsity, share)
+        counts = {name: mask.numel() for name, mask in alive.items()}
+        budget = num_removed(sum(counts[name] * size for name, size in sizes.items()), sparsity)
+        bounds = None
+        if share:
+            pruned = {name: int((~mask).sum()) for name, mask in alive.items()}
+            bounds = share_bounds(counts, pruned, sizes, sparsity, share)
+        return keep_highest_of_all(ranked, sizes, budget, bounds, alive)
 
     def _sizes(self) -> dict[str, int]:
         """What a block counts in a global budget: 1 where all are of one size, else its weights."""

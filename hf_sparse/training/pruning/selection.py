@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 # Scores are told apart 16 bits at a time: a count for each of 65,536 values, whatever the number of blocks.
 _DIGIT = 16
+
+
+class Bounds(NamedTuple):
+    """How many blocks of a layer have to go, and how many may at most."""
+
+    least: int
+    most: int
 
 
 def num_removed(num_blocks: int, sparsity: float) -> int:
@@ -43,7 +51,13 @@ def keep_highest(scores: Tensor, removed: int) -> Tensor:
     return keep_highest_of_all({"": scores}, {"": 1}, removed)[""]
 
 
-def keep_highest_of_all(scores: Mapping[str, Tensor], sizes: Mapping[str, int], budget: int) -> dict[str, Tensor]:
+def keep_highest_of_all(
+    scores: Mapping[str, Tensor],
+    sizes: Mapping[str, int],
+    budget: int,
+    bounds: Mapping[str, Bounds] | None = None,
+    alive: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
     """Remove the lowest of all scores, in order, until the next one would exceed the budget.
 
     The layers are never put together: besides the result it takes the memory of the largest, and they may lie on
@@ -53,6 +67,9 @@ def keep_highest_of_all(scores: Mapping[str, Tensor], sizes: Mapping[str, int], 
         scores: {name: [n] float, no NaN}; n may differ.
         sizes: {name: what removing one block of this layer takes from the budget}, positive.
         budget: how much may be removed in all, >= 0.
+        bounds: {name: how many blocks go from each layer}, the least of them within the budget together; None = any
+            number.
+        alive: {name: [n] bool}, False = pruned already: counts, and goes first; None = all True.
 
     Returns:
         {name: [n] bool, True = keep}.
@@ -62,109 +79,127 @@ def keep_highest_of_all(scores: Mapping[str, Tensor], sizes: Mapping[str, int], 
         >>> kept["a"], kept["b"]
         (tensor([ True, False]), tensor([False,  True]))
     """
-    if budget >= sum(sizes[name] * score.numel() for name, score in scores.items()):
-        return {name: torch.zeros_like(score, dtype=torch.bool) for name, score in scores.items()}
-    wide = any(score.dtype == torch.float64 for score in scores.values())
+    bits = 64 if any(score.dtype == torch.float64 for score in scores.values()) else 32
 
-    def keys() -> Iterator[tuple[str, Tensor]]:
+    def keys() -> Iterator[Tensor]:
         for name, score in scores.items():
-            yield name, _ordered_bits(score.double() if wide else score.float())
+            key = _ordered(score, bits)
+            yield key if alive is None else key.masked_fill_(~alive[name], torch.iinfo(key.dtype).min)
 
-    threshold, left = _first_that_exceeds(keys, sizes, budget, 64 if wide else 32)
-    kept = {}
-    for name, key in keys():
-        tied = key == threshold
-        count = int(tied.sum())
-        fitting = min(count, left // sizes[name])
-        kept[name] = ~((key < threshold) | (tied & (tied.cumsum(0) <= fitting)))
+    if not scores:
+        return {}
+    counts = [score.numel() for score in scores.values()]
+    least, most = (
+        ([0] * len(counts), counts) if bounds is None else zip(*(bounds[name] for name in scores), strict=True)
+    )
+    size, low, high = (torch.tensor(values) for values in ([sizes[name] for name in scores], least, most))
+    threshold, below, upto = _threshold(keys, size, low, high, budget, bits)
+    gone = torch.minimum(torch.maximum(below, low), high)
+    spare = torch.minimum(torch.maximum(upto, low), high) - gone
+    left, kept = budget - int((gone * size).sum()), {}
+    for at, (name, key) in enumerate(zip(scores, keys(), strict=True)):
+        more = min(int(spare[at]), left // int(size[at]))
         # What does not fit ends the removal: no later, smaller block slips in instead.
-        left = left - fitting * sizes[name] if fitting == count else 0
+        left = left - more * int(size[at]) if more == int(spare[at]) else 0
+        count = int(gone[at]) + more
+        if int(below[at]) <= count <= int(upto[at]):
+            kept[name] = _keep_from(key, threshold, count - int(below[at]))
+        else:  # at one of its bounds
+            own, (under, _) = _alone(key, count)
+            kept[name] = _keep_from(key, own, count - under)
     return kept
 
 
-def keep_with_shares(
-    scores: Mapping[str, Tensor], alive: Mapping[str, Tensor], sizes: Mapping[str, int], sparsity: float, share: float
-) -> dict[str, Tensor]:
-    """Remove the lowest of all scores, after each layer has decided a share of what its own budget would be.
+def share_bounds(
+    counts: Mapping[str, int], pruned: Mapping[str, int], sizes: Mapping[str, int], sparsity: float, share: float
+) -> dict[str, Bounds]:
+    """Give the bounds of layers that each decide a share of what their own budget would be.
 
-    So much of what a layer would lose by itself goes first, and so much of what it would keep goes last, its best
-    block last of all. The budget is met to within a block: where layers have so few blocks that their shares, rounded
-    up, do not fit it, the scores decide among them.
+    So much of what a layer would lose by itself has to go, and so much of what it would keep has to stay, rounded up.
+    Where layers have so few blocks that these do not fit the budget together, a block of each stays if that fits, and
+    the scores decide about the rest.
 
     Args:
-        scores: {name: [n] float, no NaN}.
-        alive: {name: [n] bool}, False = pruned already, which counts first.
-        sizes: {name: what removing one block of this layer takes from the budget}, positive.
+        counts: {name: blocks}.
+        pruned: {name: blocks that are pruned already}.
+        sizes: {name: what one block takes from the budget}, positive.
         sparsity: fraction to remove, in [0, 1).
-        share: in [0, 1]; 0 = all blocks compete.
-
-    Returns:
-        {name: [n] bool, True = keep}.
+        share: in [0, 1].
 
     Example:
-        >>> scores = {"a": torch.tensor([1., 2., 3., 4.]), "b": torch.tensor([5., 6., 7., 8.])}
-        >>> alive, sizes = {name: score > 0 for name, score in scores.items()}, {"a": 1, "b": 1}
-        >>> [keep_with_shares(scores, alive, sizes, 0.5, share)["a"].sum().item() for share in (0.0, 0.5, 1.0)]
-        [0, 1, 2]
+        >>> share_bounds({"a": 8, "b": 16}, {"a": 0, "b": 0}, {"a": 1, "b": 1}, 0.75, 0.5)
+        {'a': Bounds(least=3, most=7), 'b': Bounds(least=6, most=14)}
     """
-    tiers = {name: _tiers(score, alive[name], sparsity, share) for name, score in scores.items()}
-    left = num_removed(sum(sizes[name] * score.numel() for name, score in scores.items()), sparsity)
-    counts = torch.zeros(_TIERS, dtype=torch.int64)
-    for name, tier in tiers.items():
-        counts += torch.bincount(tier, minlength=_TIERS).cpu() * sizes[name]
-    for at, count in enumerate(counts.tolist()):
-        if left < count:
-            kept = {name: tier > at for name, tier in tiers.items()}
-            here = {name: tier == at for name, tier in tiers.items()}
-            chosen = keep_highest_of_all({name: scores[name][here[name]] for name in scores}, sizes, left)
-            for name, inside in chosen.items():
-                kept[name][here[name]] = inside
-            return kept
-        left -= count
-    return {name: torch.zeros_like(tier, dtype=torch.bool) for name, tier in tiers.items()}
-
-
-_TIERS = 5  # pruned, to go, competing, to stay, the best block
-
-
-def _tiers(score: Tensor, alive: Tensor, sparsity: float, share: float) -> Tensor:
-    """Tell in which order the blocks of a layer go, whatever others score: [n] uint8, the lowest first."""
-    blocks, removed = score.numel(), num_removed(score.numel(), sparsity)
-    score = torch.where(alive, score, float("-inf"))
+    own = {name: num_removed(count, sparsity) for name, count in counts.items()}
+    budget = num_removed(sum(count * sizes[name] for name, count in counts.items()), sparsity)
     # Rounded up, but not for what floats add to a whole number.
-    go, stay = (math.ceil(round(share * count, 6)) for count in (removed, blocks - removed))
-    tiers = torch.full_like(score, 2, dtype=torch.uint8)
-    if go:
-        tiers[~keep_highest(score, go)] = 1
-    if stay:
-        tiers[keep_highest(score, blocks - stay)] = 3
-        tiers[score.argmax()] = 4
-    return tiers.masked_fill_(~alive, 0)
+    least = {name: math.ceil(round(share * removed, 6)) for name, removed in own.items()}
+    stay = {name: math.ceil(round(share * (counts[name] - removed), 6)) for name, removed in own.items()}
+    if sum(max(least[name], pruned[name]) * size for name, size in sizes.items()) > budget:
+        least = dict.fromkeys(least, 0)
+    for stays in (stay, {name: min(count, 1) for name, count in stay.items()}, dict.fromkeys(stay, 0)):
+        most = {name: max(count - stays[name], pruned[name]) for name, count in counts.items()}
+        if sum(most[name] * size for name, size in sizes.items()) >= budget:
+            break
+    return {name: Bounds(least[name], most[name]) for name in counts}
 
 
-def _ordered_bits(score: Tensor) -> Tensor:
-    """Give integers in the order of floats: IEEE 754 orders magnitudes as integers, and negative ones backwards."""
-    signed, largest = (torch.int32, 2**31 - 1) if score.dtype == torch.float32 else (torch.int64, 2**63 - 1)
-    bits = (score + 0.0).view(signed)  # -0.0 becomes 0.0
-    return torch.where(bits < 0, bits ^ largest, bits)
+def _ordered(score: Tensor, bits: int) -> Tensor:
+    """Give integers in the order of floats: IEEE 754 orders magnitudes as integers, and negative ones backwards.
+
+    The lowest and the highest of `bits` bits would be NaN: no score has them.
+    """
+    signed, largest = (torch.int64, 2**63 - 1) if bits == 64 else (torch.int32, 2**31 - 1)
+    key = ((score.double() if bits == 64 else score.float()) + 0.0).view(signed)  # -0.0 becomes 0.0
+    return torch.where(key < 0, key ^ largest, key)
 
 
-def _first_that_exceeds(
-    keys: Callable[[], Iterator[tuple[str, Tensor]]], sizes: Mapping[str, int], budget: int, bits: int
-) -> tuple[int, int]:
-    """Find the lowest key up to which all blocks together exceed the budget, and what is left of it below that key."""
-    prefix, left = 0, budget
+def _keep_from(key: Tensor, threshold: int, ties: int) -> Tensor:
+    """Keep what is not below a threshold, less the first so many of those that are equal to it."""
+    kept = key >= threshold
+    if ties:
+        tied = key == threshold
+        kept &= ~(tied & (tied.cumsum(0) <= ties))
+    return kept
+
+
+def _alone(key: Tensor, removed: int) -> tuple[int, tuple[int, int]]:
+    """Find the threshold of one layer by itself, and how many are below it and up to it."""
+    one, none, all_ = torch.ones(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), torch.tensor([len(key)])
+    threshold, below, upto = _threshold(lambda: iter((key,)), one, none, all_, removed, torch.iinfo(key.dtype).bits)
+    return threshold, (int(below), int(upto))
+
+
+def _threshold(
+    keys: Callable[[], Iterator[Tensor]], size: Tensor, low: Tensor, high: Tensor, budget: int, bits: int
+) -> tuple[int, Tensor, Tensor]:
+    """Find the lowest key up to which all blocks together exceed the budget, each layer within its bounds.
+
+    Args:
+        keys: gives one tensor per layer, anew each time it is called.
+        size, low, high: [layers].
+        budget: what may be removed.
+        bits: of the keys.
+
+    Returns:
+        (key, how many blocks of each layer are below it, how many up to it); the highest key there can be, below which
+        all are, if the budget is not exceeded.
+    """
+    prefix, below = 0, torch.zeros_like(size)
     for shift in range(bits - _DIGIT, -1, -_DIGIT):
         first = shift == bits - _DIGIT
-        taken = torch.zeros(2**_DIGIT, dtype=torch.int64)
-        for name, key in keys():
+        rows = []
+        for key in keys():
             if first:
                 digits = (key >> shift) + 2 ** (_DIGIT - 1)  # signed
             else:
                 digits = (key[(key >> (shift + _DIGIT)) == prefix] >> shift) & (2**_DIGIT - 1)
-            taken += torch.bincount(digits, minlength=2**_DIGIT).cpu() * sizes[name]
-        total = taken.cumsum(0)
-        digit = int(torch.searchsorted(total, left, right=True))
-        left -= int(total[digit - 1]) if digit else 0
+            rows.append(torch.bincount(digits, minlength=2**_DIGIT).cpu())
+        upto = torch.stack(rows).cumsum_(1).add_(below[:, None])
+        removed = (torch.minimum(torch.maximum(upto, low[:, None]), high[:, None]) * size[:, None]).sum(0)
+        digit = int(torch.searchsorted(removed, budget, right=True))
+        if digit == 2**_DIGIT:
+            return 2 ** (bits - 1) - 1, upto[:, -1], upto[:, -1]
+        below = upto[:, digit - 1] if digit else below
         prefix = digit - 2 ** (_DIGIT - 1) if first else (prefix << _DIGIT) | digit
-    return prefix, left
+    return prefix, below, upto[:, digit]

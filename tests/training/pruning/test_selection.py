@@ -1,14 +1,13 @@
-"""The selection over many layers against one stable sort of all of them."""
+"""The selection over many layers, with and without bounds, against one stable sort of all of them."""
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hf_sparse.training.pruning.selection import keep_highest, keep_highest_of_all, keep_with_shares, num_removed
+from hf_sparse.training.pruning.masks import BlockMasks
+from hf_sparse.training.pruning.selection import Bounds, keep_highest, keep_highest_of_all, num_removed, share_bounds
 
 INF = float("inf")
 
@@ -80,21 +79,16 @@ def test_inside_one_layer_as_a_stable_sort() -> None:
 
 
 def by_tiers(
-    scores: dict[str, Tensor], alive: dict[str, Tensor], sizes: dict[str, int], sparsity: float, share: float
+    scores: dict[str, Tensor], alive: dict[str, Tensor], sizes: dict[str, int], budget: int, bounds: dict[str, Bounds]
 ) -> dict[str, list[bool]]:
-    """The law of shares: one list of all blocks, by tier, score and position, removed as long as their sizes fit."""
-    blocks = []
+    """The law of bounds: what has to go, then what may go by score, layer and position, as long as sizes fit."""
+    kept, blocks = {}, []
     for layer, (name, score) in enumerate(scores.items()):
-        count, removed = len(score), num_removed(len(score), sparsity)
-        order = sorted(
-            range(count), key=lambda at: (bool(alive[name][at]), float(score[at]) if alive[name][at] else 0, at)
-        )
-        go, stay = (math.ceil(round(share * part, 6)) for part in (removed, count - removed))
-        for rank, at in enumerate(order):
-            tier = 4 if stay and rank == count - 1 else 3 if rank >= count - stay else 1 if rank < go else 2
-            blocks.append((tier if alive[name][at] else 0, float(score[at]), layer, at, name))
-    budget = num_removed(sum(sizes[name] * len(score) for name, score in scores.items()), sparsity)
-    kept = {name: [True] * len(score) for name, score in scores.items()}
+        values = [float(value) if there else -INF for value, there in zip(score, alive[name], strict=True)]
+        order = sorted(range(len(score)), key=lambda at: (bool(alive[name][at]), values[at], at))
+        kept[name] = [True] * len(score)
+        for rank, at in enumerate(order[: bounds[name].most]):
+            blocks.append((rank >= bounds[name].least, bool(alive[name][at]), values[at], layer, at, name))
     for *_, at, name in sorted(blocks):
         if budget < sizes[name]:
             break
@@ -104,27 +98,29 @@ def by_tiers(
 
 
 @pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("coarse", [False, True])
 @pytest.mark.parametrize("share", [0.0, 0.07, 0.25, 0.5, 1.0])
-def test_shares_are_decided_inside_and_the_rest_competes(share: float, mixed: bool) -> None:
+def test_shares_are_decided_inside_and_the_rest_competes(share: float, coarse: bool, mixed: bool) -> None:
     generator = torch.Generator().manual_seed(2)
     for _ in range(60):
-        # Scores that differ, so that no tie is to be decided, and infinite ones that are nobody's mark.
-        scores = {
-            name: torch.randperm(97, generator=generator)[: len(score)].float().masked_fill_(score == INF, INF)
-            for name, score in layers(generator, torch.float32, coarse=False).items()
-        }
-        scores = {name: score for name, score in scores.items() if int((score == INF).sum()) < 2}
-        if not scores:
-            continue
+        scores = layers(generator, torch.float32, coarse)
         alive = {name: torch.rand(len(score), generator=generator) > 0.1 for name, score in scores.items()}
         size = torch.randint(1, 5, (len(scores),), generator=generator).tolist()
         sizes = dict(zip(scores, size if mixed else [1] * len(scores), strict=True))
-        sparsity = float(torch.rand((), generator=generator) * 0.98)
-        found = keep_with_shares(scores, alive, sizes, sparsity, share)
-        right = by_tiers(scores, alive, sizes, sparsity, share)
-        # What two layers score alike goes in the order of layers; which of two such blocks it is has no say in counts.
-        assert {name: int(keep.sum()) for name, keep in found.items()} == {n: sum(keep) for n, keep in right.items()}
-        assert all(keep.tolist() == right[name] for name, keep in found.items())
+        sparsity = 0.12 + 0.85 * float(torch.rand((), generator=generator))
+        counts = {name: len(score) for name, score in scores.items()}
+        pruned = {name: int((~there).sum()) for name, there in alive.items()}
+        budget = num_removed(sum(counts[name] * sizes[name] for name in scores), sparsity)
+        if sum(pruned[name] * sizes[name] for name in scores) > budget:
+            continue
+        bounds = share_bounds(counts, pruned, sizes, sparsity, share)
+        found = keep_highest_of_all(scores, sizes, budget, bounds, alive)
+        assert {n: keep.tolist() for n, keep in found.items()} == by_tiers(scores, alive, sizes, budget, bounds)
+        for name, keep in found.items():
+            gone = int((~keep).sum())
+            assert bounds[name].least <= max(gone, pruned[name]) and gone <= bounds[name].most
+        if not mixed:
+            assert sum(int((~keep).sum()) for keep in found.values()) == budget
 
 
 @pytest.mark.parametrize(("layers_", "blocks", "sparsity"), [(24, 9, 0.9), (10, 2, 0.7), (10, 1, 0.4), (12, 3, 0.7)])
@@ -133,18 +129,20 @@ def test_where_rounded_shares_do_not_fit_scores_decide(layers_: int, blocks: int
     scores = {
         str(n): torch.rand(blocks, generator=torch.Generator().manual_seed(n)) + layers_ - n for n in range(layers_)
     }
-    alive, sizes = {name: score > 0 for name, score in scores.items()}, dict.fromkeys(scores, 1)
-    kept = [int(keep.sum()) for keep in keep_with_shares(scores, alive, sizes, sparsity, 0.25).values()]
-    assert sum(kept) == layers_ * blocks - num_removed(layers_ * blocks, sparsity)
-    assert min(kept[: sum(kept)]) >= 1 and kept == sorted(kept, reverse=True)
+    masks = BlockMasks({name: nn.Linear(blocks, 1) for name in scores}, (1, 1), "global", 0.25)
+    masks.choose(sparsity, {name: score[None] for name, score in scores.items()})
+    kept = [int(mask.sum()) for mask in masks.masks.values()]
+    left = layers_ * blocks - num_removed(layers_ * blocks, sparsity)
+    assert sum(kept) == left and kept == sorted(kept, reverse=True)
+    if left >= layers_:
+        assert min(kept) == 1
 
 
 def test_few_blocks_to_go_are_the_lowest_of_all() -> None:
-    scores = {str(n): torch.arange(9.0) + 10 * n for n in range(10)}
-    alive, sizes = {name: score >= 0 for name, score in scores.items()}, dict.fromkeys(scores, 1)
-    kept = [int(keep.sum()) for keep in keep_with_shares(scores, alive, sizes, 0.06, 0.25).values()]
-    # Every layer has to let one of 9 go, and 5 of 90 is what may go.
-    assert kept == [8] * 5 + [9] * 5
+    masks = BlockMasks({str(n): nn.Linear(9, 1) for n in range(10)}, (1, 1), "global", 0.25)
+    # Every layer would have to let one of 9 go, and 5 of 90 is what may go.
+    masks.choose(0.06, {str(n): torch.arange(9.0)[None] + 10 * n for n in range(10)})
+    assert [int(mask.sum()) for mask in masks.masks.values()] == [4, *[9] * 9]
 
 
 @pytest.mark.parametrize(("sparsity", "count"), [(0.0, 0), (0.04, 0), (0.05, 1), (0.5, 5), (0.94, 9), (0.95, 10)])
