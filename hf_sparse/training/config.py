@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -11,30 +10,15 @@ from transformers import TrainingArguments
 
 from hf_sparse.core.blocks import BlockShape
 from hf_sparse.core.structure.overrides import parse_block_overrides
-from hf_sparse.core.structure.targets import compile_pattern
+from hf_sparse.training.checks import LAYER_SHARE, check_settings
 from hf_sparse.training.distillation.layerwise import Layers, parse_layer_map
 from hf_sparse.training.presets import PRESETS
-from hf_sparse.training.schedules import SCHEDULES
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "feed_forward": ("blocks", "units"),
-    "sparsity_scope": ("auto", "layer", "global"),
-    "sparsity_schedule": SCHEDULES,
-    "embedding_pooling": ("mean", "cls", "last"),
-    "importance": ("magnitude", "activation", "fisher"),
-    "penalty_form": ("loss", "proximal"),
-    "save_format": ("compressed", "dense", "cropped"),
-}
 
 # Fields whose effect is compared otherwise, or that have none on a step.
 _NO_FACTS = {
     "block_height", "block_width", "block_overrides", "target_modules", "exclude_modules", "sparsity_scope",
-    "layer_share", "preset",
-    "save_format",
+    "layer_share", "preset", "save_format",
 }  # fmt: skip
-
-
-_LAYER_SHARE = 0.25
 
 
 def _field(default: Any, text: str) -> Any:
@@ -92,7 +76,7 @@ class SparseDistillConfig(TrainingArguments):
         'ranked by "fisher", whose scores compare layers, and feed_forward="blocks"; else each layer.',
     )
     layer_share: float = _field(
-        _LAYER_SHARE,
+        LAYER_SHARE,
         "Under a global budget, the share of a budget of its own, in [0, 1], that is decided inside each weight, so "
         "that none is emptied and none spared; the rest competes. 0 = all of it does, 1 = each fills its own.",
     )
@@ -179,66 +163,7 @@ class SparseDistillConfig(TrainingArguments):
         Raises:
             ValueError: naming the field, its value and what is allowed.
         """
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not known: use one of {list(choices)}.")
-        for name in ("block_height", "block_width"):
-            if not _is_block_size(value := getattr(self, name)):
-                raise ValueError(
-                    f"{name}={value!r} is not a block size: use a positive integer, or -1 for the whole side."
-                )
-        self._check_number("sparsity", 0.0, 1.0, high_open=True)
-        self._check_number("lr_restart", 0.0, 1.0, high_open=True)
-        if self.reset_optimizer and not self.lr_restart:
-            raise ValueError("reset_optimizer=True has no effect with lr_restart=0: set lr_restart, or leave it out.")
-        for name in ("layer_share", "sparsity_start", "sparsity_end", "graft_start", "graft_hold", "graft_end"):
-            self._check_number(name, 0.0, 1.0)
-        for name in ("penalty_weight", "task_weight", "kd_weight", "hidden_weight", "attention_weight"):
-            self._check_number(name, 0.0, math.inf, high_open=True)
-        for name in ("penalty_epsilon", "kd_temperature"):
-            self._check_number(name, 0.0, math.inf, low_open=True, high_open=True)
-        for name, low in (("mask_updates", 1), ("penalty_reweights", 0)):
-            if not _is_int(value := getattr(self, name)) or value < low:
-                raise ValueError(f"{name}={value!r} must be an integer of at least {low}.")
-        for first, second in (("sparsity_start", "sparsity_end"), ("graft_hold", "graft_end")):
-            if getattr(self, first) > getattr(self, second):
-                raise ValueError(
-                    f"{first}={getattr(self, first)} lies after {second}={getattr(self, second)}: "
-                    f"{first} must be at most {second}."
-                )
-        if self.layer_share != _LAYER_SHARE and self.budget_scope == "layer":
-            raise ValueError(
-                f"layer_share={self.layer_share!r} has no effect where each layer has a budget of its own "
-                f"(sparsity_scope={self.sparsity_scope!r}, importance={self.importance!r}, "
-                f"feed_forward={self.feed_forward!r}): set sparsity_scope='global', or leave it out."
-            )
-        if self.sparsity_end == 0.0 and self.sparsity > 0.0 and self.penalty_weight > 0.0:
-            raise ValueError(
-                "sparsity_end=0.0 leaves no step for penalty_weight to act: raise it, or set penalty_weight=0."
-            )
-        weights = (self.task_weight, self.kd_weight, self.hidden_weight, self.attention_weight)
-        if not any(weights):
-            raise ValueError(
-                "task_weight, kd_weight, hidden_weight and attention_weight are all 0: nothing to learn from."
-            )
-        for name in ("target_modules", "exclude_modules"):
-            if getattr(self, name) is not None:
-                compile_pattern(name, getattr(self, name))
-        if self.teacher_layers is not None and not (self.hidden_weight or self.attention_weight):
-            raise ValueError(
-                f"layer_map={self.layer_map!r} has no effect with hidden_weight=0 and attention_weight=0: "
-                f"set one of them, or leave it out."
-            )
-        self.shape_overrides  # noqa: B018 (parsed here so that a mistake is refused at construction)
-
-    def _check_number(
-        self, name: str, low: float, high: float, low_open: bool = False, high_open: bool = False
-    ) -> None:
-        value = getattr(self, name)
-        fits = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
-        if not fits or (low_open and value == low) or (high_open and value == high):
-            interval = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high_open else ']'}"
-            raise ValueError(f"{name}={value!r} must be a number in {interval}.")
+        check_settings(self)
 
     @property
     def block_shape(self) -> BlockShape:
@@ -293,11 +218,3 @@ class SparseDistillConfig(TrainingArguments):
                 f"sequence SparseDistillSeq2SeqTrainer with its SparseDistillSeq2SeqConfig."
             )
         return cls(**given)
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_block_size(value: Any) -> bool:
-    return _is_int(value) and (value > 0 or value == -1)

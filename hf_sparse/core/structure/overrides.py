@@ -32,7 +32,7 @@ def parse_block_overrides(given: Any) -> dict[str, BlockShape]:
     except json.JSONDecodeError as error:
         raise ValueError(f"block_overrides={given!r} is not JSON: {error}") from error
     good = isinstance(parsed, dict) and all(
-        isinstance(shape, list | tuple) and len(shape) == 2 and all(map(_is_block_size, shape))
+        isinstance(shape, list | tuple) and len(shape) == 2 and all(map(is_block_size, shape))
         for shape in parsed.values()
     )
     if not good:
@@ -45,5 +45,6 @@ def parse_block_overrides(given: Any) -> dict[str, BlockShape]:
     return {pattern: (shape[0], shape[1]) for pattern, shape in parsed.items()}
 
 
-def _is_block_size(value: object) -> bool:
+def is_block_size(value: object) -> bool:
+    """Tell whether a value is one side of a block: a positive integer, or -1 for the whole dimension."""
     return isinstance(value, int) and not isinstance(value, bool) and (value > 0 or value == -1)
