@@ -62,7 +62,7 @@ def masks_agree(folder: Path) -> dict[str, Any]:
     masks, choose = trainer.pruner.masks, trainer.pruner.masks.choose
     alone: list[dict[str, Tensor]] = []
 
-    def choose_at_random(sparsity: float, scores: Any) -> None:
+    def choose_at_random(sparsity: float, scores: Any, share: float | None) -> None:
         if dist.get_rank() == 1:
             scores = {name: torch.rand(mask.shape) for name, mask in masks.masks.items()}
         choose(sparsity, scores)
