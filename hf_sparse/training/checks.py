@@ -22,7 +22,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "save_format": ("compressed", "dense", "cropped"),
 }
 
-LAYER_SHARE = 0.25  # the default of layer_share
+LAYER_SHARE = 0.1  # the default of layer_share
 
 
 def check_settings(config: SparseDistillConfig) -> None:

@@ -19,7 +19,7 @@ QUIET = {"output_dir": "out", "use_cpu": True, "report_to": "none"}
 
 DEFAULTS = {
     "block_height": 8, "block_width": 1, "block_overrides": None, "feed_forward": "blocks", "target_modules": None,
-    "exclude_modules": None, "sparsity": 0.8, "sparsity_scope": "auto", "layer_share": 0.25,
+    "exclude_modules": None, "sparsity": 0.8, "sparsity_scope": "auto", "layer_share": 0.1,
     "sparsity_schedule": "cubic",
     "sparsity_start": 0.0, "sparsity_end": 0.6, "mask_updates": 100, "importance": "fisher", "penalty_form": "loss",
     "penalty_reweights": 4, "penalty_epsilon": 1e-3, "task_weight": 0.5, "kd_weight": 0.5, "kd_temperature": 2.0,

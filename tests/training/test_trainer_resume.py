@@ -154,7 +154,7 @@ def test_resuming_with_the_pruned_model_as_its_own_teacher_is_refused(straight: 
         ),
         ({"seed": 12}, r"seed was 11, in this run it is 12"),
         ({"sparsity_scope": "layer"}, r": sparsity_scope was 'global', in this run it is 'layer'"),
-        ({"layer_share": 0.5}, r"layer_share was 0\.25, in this run it is 0\.5"),
+        ({"layer_share": 0.5}, r"layer_share was 0\.1, in this run it is 0\.5"),
     ],
 )  # fmt: skip
 def test_a_checkpoint_of_another_run_is_refused(straight: Any, tmp_path: Path, changes: Any, message: str) -> None:
@@ -257,9 +257,9 @@ def test_a_share_that_is_not_known_is_not_taken_for_the_default(straight: Any, t
     folder = copy_of(straight[0] / "checkpoint-4", tmp_path)
     with safe_open(folder / STATE_FILE, framework="pt") as handle:
         state = json.loads(handle.metadata()["hf_sparse_state"])
-    assert state.pop("layer_share") == 0.25 and "layer_share" not in state["facts"]
+    assert state.pop("layer_share") == 0.1 and "layer_share" not in state["facts"]
     save_file(load_file(folder / STATE_FILE), folder / STATE_FILE, metadata={"hf_sparse_state": json.dumps(state)})
-    with pytest.raises(ValueError, match=r"layer_share was None, in this run it is 0\.25"):
+    with pytest.raises(ValueError, match=r"layer_share was None, in this run it is 0\.1"):
         load_state(folder, trainer_in(tmp_path / "out").pruner.masks, {})
 
 

@@ -34,7 +34,7 @@ class BlockMasks:
         scope: "layer" = every weight has its own budget; "global" = all blocks compete for one.
         layer_share: under scope "global", the share of a budget of its own that is decided inside each weight, in
             [0, 1]: so much of what it would lose goes first, and of what it would keep last; the rest competes. With 0
-            all of it does (the trainer's default is 0.25).
+            all of it does (the trainer's default is 0.1).
 
     Raises:
         TypeError: if the targets are no mapping of names to layers with a weight matrix.
