@@ -40,7 +40,7 @@ _CLM = (
 _FREE = "--sparsity_scope global --layer_share 0"
 # {name: command}. The first run of a task makes the dense model, the others begin with it. With a sparsity of 0 it
 # only learns on, as long and with the same losses: what pruning costs is the difference to that, too. Layers share a
-# budget as they do by default, without a share of their own ("free"), or not at all ("layer").
+# budget as they do by default, with other shares that are theirs ("free" has none), or not at all ("layer").
 _CLM_DENSE, _QA_DENSE = "--model_name_or_path WORK/clm50-free/_dense", "--model_name_or_path WORK/qa50/_dense"
 RUNS = {
     "clm50-free": f"{_CLM} --config_name gpt2 --config_overrides n_embd=128,n_layer=4,n_head=4 --vocab_size 4000 "
@@ -49,13 +49,17 @@ RUNS = {
     "clm0": f"{_CLM} {_CLM_DENSE} --sparsity 0",
     "clm80": f"{_CLM} {_CLM_DENSE} --sparsity 0.8",
     "clm80-free": f"{_CLM} {_CLM_DENSE} --sparsity 0.8 {_FREE}",
+    "clm80-quarter": f"{_CLM} {_CLM_DENSE} --sparsity 0.8 --sparsity_scope global --layer_share 0.25",
     "clm80-layer": f"{_CLM} {_CLM_DENSE} --sparsity 0.8 --sparsity_scope layer",
     "clm50": f"{_CLM} {_CLM_DENSE} --sparsity 0.5",
     "qa0": f"{_QA} {_QA_DENSE} --sparsity 0",
     "qa80": f"{_QA} {_QA_DENSE} --sparsity 0.8",
     "qa80-layer": f"{_QA} {_QA_DENSE} --sparsity 0.8 --sparsity_scope layer",
 }
-BUDGETS = {"": "one budget", "free": "one budget, no shares", "layer": "a budget for each layer"}
+BUDGETS = {
+    "": "one budget", "free": "one free budget", "quarter": "one budget, a quarter inside each layer",
+    "layer": "a budget for each layer",
+}  # fmt: skip
 METRICS = {"qa": "f1", "clm": "perplexity"}
 
 
