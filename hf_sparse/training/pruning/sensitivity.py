@@ -98,7 +98,10 @@ class SquaredGradients:
     def _filled(self, optimizer: Any) -> dict[str, float]:
         """How much of each mean is there, in (0, 1]: 1 - decay^steps; without those of which it is not known."""
         groups = [] if optimizer is None else optimizer.param_groups
-        decays = {id(weight): group["betas"][1] for group in groups if "betas" in group for weight in group["params"]}
+        decays = {
+            id(weight): float(group["betas"][1])
+            for group in groups if len(group.get("betas") or ()) == 2 for weight in group["params"]
+        }  # fmt: skip
         steps, logs = {}, {}
         for name, module in self.targets.items():
             weight = cast(Tensor, module.weight)
