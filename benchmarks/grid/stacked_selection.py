@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from hf_sparse.training.pruning.selection import num_removed
+from hf_sparse.training.pruning.selection import num_removed, share_of
 
 
 def removed(scores: Tensor, sparsity: Sequence[float]) -> list[int]:
@@ -47,7 +46,7 @@ def decide_inside(scores: Tensor, sparsity: Sequence[float], share: float) -> Te
     if not share:
         return scores
     own, there = removed(scores, sparsity), scores > float("-inf")
-    go = keep_highest(scores, [math.ceil(share * count) for count in own])
+    go = keep_highest(scores, [share_of(count, share) for count in own])
     scores = torch.where(go | ~there, scores, torch.finfo(scores.dtype).min)
-    stay = keep_highest(scores, [scores.shape[1] - math.ceil(share * (scores.shape[1] - count)) for count in own])
+    stay = keep_highest(scores, [scores.shape[1] - share_of(scores.shape[1] - count, share) for count in own])
     return torch.where(stay & there, float("inf"), scores)

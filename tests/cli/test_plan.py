@@ -123,7 +123,7 @@ def test_a_layer_of_which_nothing_goes_is_stored_dense() -> None:
 
 def test_under_one_budget_the_sums_hold_and_no_layer_has_to_keep_a_block(cli: Cli, tmp_path: Path) -> None:
     folder, file = dense_folder(tmp_path / "dense"), tmp_path / "coarse.json"
-    # A quarter of 8 x 8 blocks: query and its kin have 4 of them, so rounding leaves them none at 90 %.
+    # Query and its kin have 4 blocks of 8 x 8, so that rounding leaves them none at 90 %.
     settings = {"block_height": 8, "block_width": 8, "sparsity": 0.9, "max_steps": 2, "layer_share": 0.0}
     file.write_text(json.dumps(settings))
     done = cli("plan", file, "--model", folder)

@@ -34,6 +34,16 @@ def num_removed(num_blocks: int, sparsity: float) -> int:
     return int(sparsity * num_blocks + 0.5)
 
 
+def share_of(num_blocks: int, share: float) -> int:
+    """Give a share, in [0, 1], of `num_blocks` blocks: rounded up, but not for what floats add to a whole number.
+
+    Example:
+        >>> share_of(100, 0.07), share_of(5, 0.5)
+        (7, 3)
+    """
+    return math.ceil(round(share * num_blocks, 6))
+
+
 def keep_highest(scores: Tensor, removed: int) -> Tensor:
     """Keep all but the `removed` lowest of some scores.
 
@@ -105,7 +115,7 @@ def keep_highest_of_all(
         if int(below[at]) <= count <= int(upto[at]):
             kept[name] = _keep_from(key, threshold, count - int(below[at]))
         else:  # at one of its bounds
-            own, (under, _) = _alone(key, count)
+            own, under = _alone(key, count)
             kept[name] = _keep_from(key, own, count - under)
     return kept
 
@@ -132,9 +142,8 @@ def share_bounds(
     """
     own = {name: num_removed(count, sparsity) for name, count in counts.items()}
     budget = num_removed(sum(count * sizes[name] for name, count in counts.items()), sparsity)
-    # Rounded up, but not for what floats add to a whole number.
-    least = {name: math.ceil(round(share * removed, 6)) for name, removed in own.items()}
-    stay = {name: math.ceil(round(share * (counts[name] - removed), 6)) for name, removed in own.items()}
+    least = {name: share_of(removed, share) for name, removed in own.items()}
+    stay = {name: share_of(counts[name] - removed, share) for name, removed in own.items()}
     if sum(max(least[name], pruned[name]) * size for name, size in sizes.items()) > budget:
         least = dict.fromkeys(least, 0)
     for stays in (stay, {name: min(count, 1) for name, count in stay.items()}, dict.fromkeys(stay, 0)):
@@ -163,11 +172,11 @@ def _keep_from(key: Tensor, threshold: int, ties: int) -> Tensor:
     return kept
 
 
-def _alone(key: Tensor, removed: int) -> tuple[int, tuple[int, int]]:
-    """Find the threshold of one layer by itself, and how many are below it and up to it."""
+def _alone(key: Tensor, removed: int) -> tuple[int, int]:
+    """Find the threshold of one layer by itself, and how many are below it."""
     one, none, all_ = torch.ones(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), torch.tensor([len(key)])
-    threshold, below, upto = _threshold(lambda: iter((key,)), one, none, all_, removed, torch.iinfo(key.dtype).bits)
-    return threshold, (int(below), int(upto))
+    threshold, below, _ = _threshold(lambda: iter((key,)), one, none, all_, removed, torch.iinfo(key.dtype).bits)
+    return threshold, int(below)
 
 
 def _threshold(
