@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.grid.movement import MovementTrainer
 from hf_sparse import SparseDistillConfig, SparseDistillTrainer
 
 ROOT = Path(__file__).parents[2]
@@ -85,6 +86,7 @@ def train_cell(cell: Mapping[str, Any], grid: Mapping[str, Any], sources: Source
 
     task, method = grid["tasks"][cell["task"]], dict(grid["methods"][cell["method"]])
     start, epochs = method.pop("start", "dense"), method.pop("epochs", task["epochs"])
+    trainer_class = MovementTrainer if method.pop("movement", False) else SparseDistillTrainer
     set_seed(cell["seed"])
     tokenizer = AutoTokenizer.from_pretrained(sources.model)
     rows = load_rows(cell["task"], task, sources, tokenizer)
@@ -103,7 +105,7 @@ def train_cell(cell: Mapping[str, Any], grid: Mapping[str, Any], sources: Source
     }  # fmt: skip
     args = SparseDistillConfig(**settings)
     known = rows["train"].select(range(min(grid["train_probe_rows"], len(rows["train"]))))
-    trainer = SparseDistillTrainer(
+    trainer = trainer_class(
         model=model, args=args, train_dataset=rows["train"], eval_dataset={"dev": rows["dev"], "train": known},
         processing_class=tokenizer, data_collator=DataCollatorWithPadding(tokenizer), compute_metrics=_accuracy,
     )  # fmt: skip

@@ -61,7 +61,7 @@ def test_every_cell_of_the_committed_grids_is_a_valid_config(file: str) -> None:
     cells = list(accuracy.expand(grid))
     assert cells and len({cell["name"] for cell in cells}) == len(cells)
     for cell in cells:
-        method = {k: v for k, v in grid["methods"][cell["method"]].items() if k not in ("start", "epochs")}
+        method = {k: v for k, v in grid["methods"][cell["method"]].items() if k not in ("start", "epochs", "movement")}
         height, width = cell["block"]
         shape = {"sparsity": cell["sparsity"], "block_height": height, "block_width": width}
         SparseDistillConfig(**{**grid["training"], **shape, **method}, output_dir="out", use_cpu=True)
@@ -115,6 +115,40 @@ def test_a_pruned_cell_starts_from_the_dense_model_and_records_its_course(
     summary = scores(found)
     assert summary["last"] == found["dev"][-1]["dev_accuracy"]
     assert summary["gap"] == pytest.approx(found["dev"][-1]["train_accuracy"] - summary["last"])
+
+
+def test_movement_sums_weights_times_gradients_over_blocks() -> None:
+    from types import SimpleNamespace
+
+    import torch
+
+    from benchmarks.grid.movement import MovementPruner
+    from hf_sparse import SparseDistillConfig
+
+    block = torch.nn.Sequential(torch.nn.Linear(2, 4, bias=False))
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([block, torch.nn.Sequential(torch.nn.Linear(2, 4))])})
+    config = SparseDistillConfig(output_dir="out", block_height=2, block_width=1, sparsity=0.5, use_cpu=True)
+    pruner = MovementPruner(model, config)
+    weight, expected = block[0].weight, torch.zeros(2, 2)
+    for step in (1.0, 2.0):
+        for module in pruner.masks.targets.values():
+            module.weight.grad = step * torch.arange(8.0).reshape(4, 2)
+        expected -= (weight.detach() * weight.grad).reshape(2, 2, 2).sum(1)
+        pruner.finish_backward(SimpleNamespace(penalty_weight=0.0))
+    torch.testing.assert_close(pruner.moved["layers.0.0"], expected)
+    with pytest.raises(ValueError, match="loss scaler"):
+        pruner.finish_backward(SimpleNamespace(penalty_weight=0.0), torch.ones(()))
+
+
+def test_a_cell_by_movement_ends_at_its_sparsity_with_other_blocks(sources: Sources, dense: dict[str, Any]) -> None:
+    grid = small_grid()
+    grid["methods"] = accuracy.load_grid(accuracy.GRID.with_name("accuracy_trainer.yaml"))["methods"]
+    entry = {"task": "sst2", "method": ["movement", "recipe, no hidden states"], "block": "8x1", "sparsity": 0.5,
+             "seed": 1}  # fmt: skip
+    found = [train_cell(cell, grid, sources) for cell in accuracy.expand({**grid, "cells": [entry]})]
+    assert [cell["sparsity_reached"] for cell in found] == [0.5, 0.5]
+    losses = [[logs["loss"] for logs in cell["train"]] for cell in found]
+    assert losses[0] != losses[1]
 
 
 def test_the_best_score_counts_only_at_full_sparsity() -> None:
