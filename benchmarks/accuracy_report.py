@@ -4,8 +4,8 @@ Usage: python benchmarks/accuracy_report.py [--check]
 
 --check only tells, by exit status 1, that tables are out of date.
 
-Plots need matplotlib: docs/accuracy-share.png (what is kept of dense minus floor against density, per method) and
-docs/accuracy-course.png (train and dev loss over the steps).
+Plots need matplotlib: docs/accuracy-share.png (what is kept of dense minus floor against density, per method),
+docs/accuracy-methods.png (all methods at 90 %) and docs/accuracy-course.png (train and dev loss over the steps).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 if __package__ in (None, ""):
@@ -21,6 +21,7 @@ if __package__ in (None, ""):
 
 from benchmarks.layouts.accuracy import (
     CONTROL,
+    DEFAULT,
     FASTER,
     LEAD,
     RECIPE,
@@ -32,20 +33,21 @@ from benchmarks.layouts.accuracy import (
     energy_table,
     gap_table,
     goals_table,
-    mean,
     methods_table,
     select,
-    share,
     short_table,
     sparsity_table,
     tried_table,
 )
+from benchmarks.layouts.accuracy_plots import plot_courses, plot_methods, plot_shares
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks/results/accuracy.json", ROOT / "docs/accuracy.md"
 CPU_RESULTS = ROOT / "benchmarks/results/accuracy_cpu.json"
 TRAINER_RESULTS = ROOT / "benchmarks/results/accuracy_trainer.json"
 TRIED = ROOT / "benchmarks/results/accuracy_exploration.json"
+PASSES = {"qnli": "one pass", "sst2": "four passes"}  # of the cells by the trainer
+PAPERS = ("agp+kd", "spd", "reweighted lasso, proximal, kd", "grafting, reweighted lasso, kd")
 _MARKED = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n)(.*?)(<!-- /table:(?P=name) -->)", re.DOTALL)
 
 
@@ -76,52 +78,6 @@ def fill(text: str, made: Mapping[str, str]) -> str:
     return _MARKED.sub(lambda match: f"{match[1]}{made[match['name']]}\n{match[4]}", text)
 
 
-def plot_shares(results: Results, file: Path) -> None:
-    """Draw what is kept of dense - floor against density, a line per method; single cells are points."""
-    import matplotlib.pyplot as plt
-
-    figure, all_axes = plt.subplots(1, len(LEAD), figsize=(6.2 * len(LEAD), 5.2), sharey=True)
-    for axes, task in zip(all_axes, LEAD, strict=True):
-        cells = [cell for cell in select(results, task=task, block=SHAPE) if cell["sparsity"]]
-        for i, method in enumerate(dict.fromkeys(cell["method"] for cell in cells)):
-            points: dict[float, list[float]] = {}
-            for cell in cells:
-                if cell["method"] == method:
-                    points.setdefault(1.0 - cell["sparsity"], []).append(100 * share(cell, results))
-            line = sorted((density, mean(kept)) for density, kept in points.items())
-            style = "-o" if len(line) > 1 else "x"
-            axes.plot(*zip(*line, strict=True), style, color=f"C{i % 10}", label=method, alpha=0.9)
-        axes.axhline(0, color="0.3", linewidth=0.8)
-        axes.axhline(100, color="0.3", linewidth=0.8, linestyle=":")
-        axes.set(title=task.upper(), xlabel="density", xscale="log", ylim=(-45, 108))
-        axes.set_xticks([0.05, 0.1, 0.2, 0.5], ["5%", "10%", "20%", "50%"])
-        axes.minorticks_off()
-    all_axes[0].set_ylabel("kept of dense - floor (%), 8 x 1 blocks")
-    all_axes[-1].legend(fontsize=7, loc="lower right")
-    figure.tight_layout()
-    figure.savefig(file, dpi=110, metadata={"Software": None})
-    plt.close(figure)
-
-
-def plot_courses(results: Results, task: str, file: Path, methods: Sequence[str], sparsity: float = 0.9) -> None:
-    """Draw the loss on dev rows and on known training rows over the steps."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6.5, 4.2))
-    groups = [(m, select(results, task=task, method=m, block=SHAPE, sparsity=sparsity)) for m in methods]
-    for i, (method, cells) in enumerate((m, cells) for m, cells in groups if cells):
-        at = cells[0]["dev"]
-        steps = [entry["step"] for entry in at]
-        axes.plot(steps, [e["dev_loss"] for e in at], marker="o", color=f"C{i}", label=method)
-        axes.plot(steps, [e["train_loss"] for e in at], marker=".", linestyle="--", color=f"C{i}")
-    title = f"{task.upper()}, {sparsity:.0%}, 8 x 1"
-    axes.set(xlabel="steps", ylabel="task loss: dev (solid), training rows (dashed)", title=title)
-    axes.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(file, dpi=110, metadata={"Software": None})
-    plt.close(figure)
-
-
 def main(arguments: list[str]) -> int:
     """Renew page and plots, or with --check only tell whether the tables are up to date."""
     files = (RESULTS, TRAINER_RESULTS, CPU_RESULTS, TRIED)
@@ -131,8 +87,12 @@ def main(arguments: list[str]) -> int:
     if "--check" in arguments:
         return int(new != old)
     PAGE.write_text(new, encoding="utf-8")
-    plot_shares(results, PAGE.with_name("accuracy-share.png"))
-    plot_courses(results, "qnli", PAGE.with_name("accuracy-course.png"), (RECIPE, CONTROL, SLOWER))
+    grid = [(f"{task.upper()}, four passes (grid)", results, task) for task in LEAD]
+    alone = [(f"{task.upper()}, {PASSES[task]} (trainer)", trained, task) for task in TRAINED]
+    plot_shares([*grid, alone[1]], PAGE.with_name("accuracy-share.png"))
+    plot_methods([(f"{title}, 90%, 8 x 1", *of) for title, *of in alone], PAGE.with_name("accuracy-methods.png"))
+    courses = [(*grid[0], (RECIPE, SLOWER, CONTROL)), (*alone[1], (DEFAULT, *PAPERS))]
+    plot_courses(courses, PAGE.with_name("accuracy-course.png"))
     return 0
 
 

@@ -16,6 +16,7 @@ from benchmarks import accuracy, accuracy_report
 from benchmarks.grid.cell import Sources, floor_score, load_rows, scores, train_cell
 from benchmarks.grid.energy import kept_energy
 from benchmarks.layouts import accuracy as accuracy_tables
+from benchmarks.layouts import accuracy_plots as plots
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from tiny_task import make_rows, write_model  # noqa: E402
@@ -325,9 +326,10 @@ def test_plots_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib").use("agg")
     results = results_of()
     results["cells"].append({**results["cells"][1], "sparsity": 0.8})
-    accuracy_report.plot_shares(results, tmp_path / "lines.png")
-    accuracy_report.plot_courses(results, "qnli", tmp_path / "courses.png", ("recipe", "agp"))
-    for name in ("courses.png", "lines.png"):
+    plots.plot_shares([("QNLI", results, "qnli"), ("MNLI", results, "mnli")], tmp_path / "lines.png")
+    plots.plot_courses([("QNLI", results, "qnli", ("recipe", "agp"))], tmp_path / "courses.png")
+    plots.plot_methods([("QNLI", results, "qnli")], tmp_path / "methods.png")
+    for name in ("courses.png", "lines.png", "methods.png"):
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
 
 
