@@ -161,31 +161,32 @@ class BlockMasks:
         given: Any = sparsity
         if not isinstance(given, Real) or not 0.0 <= sparsity < 1.0:
             raise ValueError(f"sparsity={sparsity!r} must be in [0, 1): the fraction of blocks to remove, a number.")
-        ranked = {}
         scores = magnitudes(self.norms(), self.block_shapes) if scores is None else scores
         if missing := [name for name in self.targets if name not in scores]:
             raise ValueError(
                 f"scores hold nothing for {missing[0]} ({len(missing)} of {len(self.targets)} targets are missing): "
                 f"give one tensor [R, C] for each target."
             )
+        ranked, alive = {}, {}
         for name, weight in self.weights():
             mask, score = self._bitmaps[name].move(weight.device).mask(), scores[name]
             if score.shape != mask.shape:
                 raise ValueError(
                     f"the scores of {name} have shape {list(score.shape)}, its grid is {list(mask.shape)}."
                 )
-            # Below every score, so that what is pruned stays pruned whatever the scores say.
-            ranked[name] = torch.where(mask, score, float("-inf")).reshape(-1)
+            ranked[name], alive[name] = score.reshape(-1), mask.reshape(-1)
         # NaN ranks nowhere: a layer full of it would lose nothing, and nobody would know.
-        if unknown := [name for name, score in ranked.items() if bool(score.isnan().any())]:
+        if unknown := [name for name, score in ranked.items() if bool((score.isnan() & alive[name]).any())]:
             raise ValueError(
                 f"the scores of {unknown[0]} hold NaN, and so do those of {len(unknown)} target layer(s), so that "
                 f"blocks cannot be ranked. Weights, gradients or inputs that they were made from are not finite: "
                 f"where training diverged, lower the learning rate or resume from an earlier checkpoint."
             )
         share = self.layer_share if share is None else share
-        keep = self._keep_globally(ranked, sparsity, share) if self.scope == "global" else {
-            name: keep_highest(score, num_removed(score.numel(), sparsity)) for name, score in ranked.items()
+        # What is pruned goes first, and so stays pruned whatever the scores say.
+        keep = self._keep_globally(ranked, alive, sparsity, share) if self.scope == "global" else {
+            name: keep_highest(score, num_removed(score.numel(), sparsity), alive[name])
+            for name, score in ranked.items()
         }  # fmt: skip
         for name, kept in keep.items():
             self._bitmaps[name].bits.bitwise_and_(pack_bits(kept))
@@ -246,9 +247,10 @@ class BlockMasks:
             self._bitmaps[name].bits.copy_(pack_bits(saved.reshape(-1)))
         self.started = any(not bool(mask.all()) for mask in state.values())
 
-    def _keep_globally(self, ranked: dict[str, Tensor], sparsity: float, share: float) -> dict[str, Tensor]:
+    def _keep_globally(
+        self, ranked: dict[str, Tensor], alive: dict[str, Tensor], sparsity: float, share: float
+    ) -> dict[str, Tensor]:
         sizes = self._sizes()
-        alive = {name: self._bitmaps[name].mask().reshape(-1) for name in ranked}
         counts = {name: mask.numel() for name, mask in alive.items()}
         budget = num_removed(sum(counts[name] * size for name, size in sizes.items()), sparsity)
         bounds = None

@@ -7,14 +7,14 @@ would decide them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Scores are told apart 16 bits at a time: a count for each of 65,536 values, whatever the number of blocks.
-_DIGIT = 16
+# Scores are told apart 11 bits at a time: 2,048 counts per layer, whatever its number of blocks.
+_DIGIT = 11
 
 
 class Bounds(NamedTuple):
@@ -44,12 +44,13 @@ def share_of(num_blocks: int, share: float) -> int:
     return math.ceil(round(share * num_blocks, 6))
 
 
-def keep_highest(scores: Tensor, removed: int) -> Tensor:
+def keep_highest(scores: Tensor, removed: int, alive: Tensor | None = None) -> Tensor:
     """Keep all but the `removed` lowest of some scores.
 
     Args:
-        scores: [n] float, no NaN.
+        scores: [n] float, no NaN where it is alive.
         removed: in [0, n].
+        alive: [n] bool, False = pruned already: counts, and goes first; None = all True.
 
     Returns:
         [n] bool, True = keep.
@@ -58,7 +59,7 @@ def keep_highest(scores: Tensor, removed: int) -> Tensor:
         >>> keep_highest(torch.tensor([3., 1., 1., 2.]), 1)
         tensor([ True, False,  True,  True])
     """
-    return keep_highest_of_all({"": scores}, {"": 1}, removed)[""]
+    return keep_highest_of_all({"": scores}, {"": 1}, removed, alive=None if alive is None else {"": alive})[""]
 
 
 def keep_highest_of_all(
@@ -70,11 +71,10 @@ def keep_highest_of_all(
 ) -> dict[str, Tensor]:
     """Remove the lowest of all scores, in order, until the next one would exceed the budget.
 
-    The layers are never put together: besides the result it takes the memory of the largest, and they may lie on
-    different devices.
+    Takes the memory of one more set of scores. The layers may lie on different devices.
 
     Args:
-        scores: {name: [n] float, no NaN}; n may differ.
+        scores: {name: [n] float, no NaN where it is alive}; n may differ.
         sizes: {name: what removing one block of this layer takes from the budget}, positive.
         budget: how much may be removed in all, >= 0.
         bounds: {name: how many blocks go from each layer}, the least of them within the budget together; None = any
@@ -89,25 +89,20 @@ def keep_highest_of_all(
         >>> kept["a"], kept["b"]
         (tensor([ True, False]), tensor([False,  True]))
     """
-    bits = 64 if any(score.dtype == torch.float64 for score in scores.values()) else 32
-
-    def keys() -> Iterator[Tensor]:
-        for name, score in scores.items():
-            key = _ordered(score, bits)
-            yield key if alive is None else key.masked_fill_(~alive[name], torch.iinfo(key.dtype).min)
-
     if not scores:
         return {}
-    counts = [score.numel() for score in scores.values()]
+    bits = 64 if any(score.dtype == torch.float64 for score in scores.values()) else 32
+    keys = [_ordered(score, None if alive is None else alive[name], bits) for name, score in scores.items()]
+    counts = [len(key) for key in keys]
     least, most = (
         ([0] * len(counts), counts) if bounds is None else zip(*(bounds[name] for name in scores), strict=True)
     )
     size, low, high = (torch.tensor(values) for values in ([sizes[name] for name in scores], least, most))
-    threshold, below, upto = _threshold(keys, size, low, high, budget, bits)
+    threshold, below, upto = _threshold(keys, size, low, high, budget)
     gone = torch.minimum(torch.maximum(below, low), high)
     spare = torch.minimum(torch.maximum(upto, low), high) - gone
     left, kept = budget - int((gone * size).sum()), {}
-    for at, (name, key) in enumerate(zip(scores, keys(), strict=True)):
+    for at, (name, key) in enumerate(zip(scores, keys, strict=True)):
         more = min(int(spare[at]), left // int(size[at]))
         # What does not fit ends the removal: no later, smaller block slips in instead.
         left = left - more * int(size[at]) if more == int(spare[at]) else 0
@@ -153,62 +148,61 @@ def share_bounds(
     return {name: Bounds(least[name], most[name]) for name in counts}
 
 
-def _ordered(score: Tensor, bits: int) -> Tensor:
+def _ordered(score: Tensor, alive: Tensor | None, bits: int) -> Tensor:
     """Give integers in the order of floats: IEEE 754 orders magnitudes as integers, and negative ones backwards.
 
-    The lowest and the highest of `bits` bits would be NaN: no score has them.
+    The lowest and the highest of `bits` bits would be NaN: no score has them, so the lowest stands for what is pruned.
     """
-    signed, largest = (torch.int64, 2**63 - 1) if bits == 64 else (torch.int32, 2**31 - 1)
-    key = ((score.double() if bits == 64 else score.float()) + 0.0).view(signed)  # -0.0 becomes 0.0
-    return torch.where(key < 0, key ^ largest, key)
+    # Adding makes 0.0 of -0.0, and a copy, which is written to below.
+    key = ((score.double() if bits == 64 else score.float()) + 0.0).view(torch.int64 if bits == 64 else torch.int32)
+    # All bits but the sign turned around where it is set.
+    key ^= (key >> (bits - 1)) & torch.iinfo(key.dtype).max
+    return key if alive is None else torch.where(alive, key, torch.iinfo(key.dtype).min)
 
 
 def _keep_from(key: Tensor, threshold: int, ties: int) -> Tensor:
     """Keep what is not below a threshold, less the first so many of those that are equal to it."""
     kept = key >= threshold
     if ties:
-        tied = key == threshold
-        kept &= ~(tied & (tied.cumsum(0) <= ties))
+        kept[(key == threshold).nonzero().flatten()[:ties]] = False
     return kept
 
 
 def _alone(key: Tensor, removed: int) -> tuple[int, int]:
     """Find the threshold of one layer by itself, and how many are below it."""
     one, none, all_ = torch.ones(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), torch.tensor([len(key)])
-    threshold, below, _ = _threshold(lambda: iter((key,)), one, none, all_, removed, torch.iinfo(key.dtype).bits)
+    threshold, below, _ = _threshold([key], one, none, all_, removed)
     return threshold, int(below)
 
 
 def _threshold(
-    keys: Callable[[], Iterator[Tensor]], size: Tensor, low: Tensor, high: Tensor, budget: int, bits: int
+    keys: Sequence[Tensor], size: Tensor, low: Tensor, high: Tensor, budget: int
 ) -> tuple[int, Tensor, Tensor]:
     """Find the lowest key up to which all blocks together exceed the budget, each layer within its bounds.
 
     Args:
-        keys: gives one tensor per layer, anew each time it is called.
+        keys: [n] each, integers of one dtype.
         size, low, high: [layers].
         budget: what may be removed.
-        bits: of the keys.
 
     Returns:
         (key, how many blocks of each layer are below it, how many up to it); the highest key there can be, below which
         all are, if the budget is not exceeded.
     """
+    bits = shift = torch.iinfo(keys[0].dtype).bits
     prefix, below = 0, torch.zeros_like(size)
-    for shift in range(bits - _DIGIT, -1, -_DIGIT):
-        first = shift == bits - _DIGIT
-        rows = []
-        for key in keys():
-            if first:
-                digits = (key >> shift) + 2 ** (_DIGIT - 1)  # signed
-            else:
-                digits = (key[(key >> (shift + _DIGIT)) == prefix] >> shift) & (2**_DIGIT - 1)
-            rows.append(torch.bincount(digits, minlength=2**_DIGIT).cpu())
-        upto = torch.stack(rows).cumsum_(1).add_(below[:, None])
+    while shift:
+        first, width = shift == bits, min(_DIGIT, shift)
+        if not first:
+            keys = [key[(key >> shift) == prefix] for key in keys]
+        shift -= width
+        base = -(2 ** (width - 1)) if first else prefix << width  # the first digit is signed
+        counts = torch.stack([torch.bincount((key >> shift) - base, minlength=2**width).cpu() for key in keys])
+        upto = counts.cumsum_(1).add_(below[:, None])
         removed = (torch.minimum(torch.maximum(upto, low[:, None]), high[:, None]) * size[:, None]).sum(0)
         digit = int(torch.searchsorted(removed, budget, right=True))
-        if digit == 2**_DIGIT:
-            return 2 ** (bits - 1) - 1, upto[:, -1], upto[:, -1]
+        if digit == 2**width:
+            return torch.iinfo(keys[0].dtype).max, upto[:, -1], upto[:, -1]
         below = upto[:, digit - 1] if digit else below
-        prefix = digit - 2 ** (_DIGIT - 1) if first else (prefix << _DIGIT) | digit
+        prefix = base + digit
     return prefix, below, upto[:, digit]
