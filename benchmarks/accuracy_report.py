@@ -24,21 +24,23 @@ from benchmarks.layouts.accuracy import (
     DEFAULT,
     FASTER,
     LEAD,
+    LONGER,
     RECIPE,
     SHAPE,
     SLOWER,
     TRAINED,
     Results,
     blocks_table,
+    default_table,
     energy_table,
     gap_table,
-    goals_table,
     methods_table,
     select,
     short_table,
     sparsity_table,
     tried_table,
 )
+from benchmarks.layouts.accuracy_goals import goals_table
 from benchmarks.layouts.accuracy_plots import plot_courses, plot_methods, plot_shares
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,7 +60,8 @@ def tables(results: Results, trained: Results, cpu: Results, tried: Results) -> 
         "sparsity": lambda: sparsity_table(results), "blocks": lambda: blocks_table(results),
         "gap": lambda: gap_table(results), "energy": lambda: energy_table(cpu), "cpu": lambda: short_table(cpu),
         "tried": lambda: tried_table(tried), "trainer-methods": lambda: methods_table(trained, TRAINED),
-        "trainer-sparsity": lambda: sparsity_table(trained, TRAINED, (RECIPE, FASTER, CONTROL)),
+        "trainer-sparsity": lambda: sparsity_table(trained, TRAINED, (DEFAULT, LONGER[1], RECIPE, FASTER, CONTROL)),
+        "trainer-default": lambda: default_table(trained),
         "trainer-blocks": lambda: blocks_table(trained, ["qnli"]), "trainer-gap": lambda: gap_table(trained, TRAINED),
     }  # fmt: skip
     if not any(tuple(cell["block"]) != SHAPE for cell in select(results)):

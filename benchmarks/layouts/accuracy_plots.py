@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.layouts.accuracy import DEFAULT, KIN, SHAPE, Cells, Results, mean, select, share
+from benchmarks.layouts.accuracy import DEFAULT, KIN, SHAPE, Cells, Results, mean, methods_of, select, share
 
 OURS, OTHERS, MUTED = "#1f6f8b", "#d1603d", "0.45"
 LOWEST = -45.0  # percent: below, a method has lost the task, and how far does not matter
@@ -111,9 +111,8 @@ def _kept_by_density(method: str, cells: Cells, results: Results) -> list[tuple[
 
 
 def _scores_of_methods(results: Results, task: str, sparsity: float) -> list[tuple[str, list[float]]]:
-    found: dict[str, list[float]] = {}
-    for cell in select(results, task=task, block=SHAPE, sparsity=sparsity):
-        found.setdefault(cell["method"], []).append(100 * cell["last"])
+    at = {"task": task, "block": SHAPE, "sparsity": sparsity}
+    found = {m: [100 * cell["last"] for cell in select(results, method=m, **at)] for m in methods_of(results, **at)}
     return sorted(found.items(), key=lambda item: -statistics.mean(item[1]))
 
 
