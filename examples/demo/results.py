@@ -70,6 +70,8 @@ def notes(results: dict[str, Any]) -> list[str]:
         f"{last['sparsity']:.0%} of the encoder's {height}x{width} blocks are gone; embeddings and head are dense.",
         f"Chance is {1 / len(results['corpus']['versions']):.1%}; word embeddings without an encoder reach "
         f"{last['floor_score']:.1%}. Standard error of an accuracy: {error:.1%}; one seed ({last['seed']}).",
+        f"The dense model was trained for {_epochs(settings['dense_epochs'])}, the pruned one for "
+        f"{_epochs(settings['sparse_epochs'])} more: where its score is higher, longer training is why.",
         f"Times are medians (first to third quartile) on {hardware['cpu']}, {hardware['threads']} threads, both "
         f"models in turn in one process; dense is {results['dense_engine']}.",
     ]
@@ -84,6 +86,10 @@ def notes(results: dict[str, Any]) -> list[str]:
             f"there was no time left to try less."
         )
     return said
+
+
+def _epochs(count: float) -> str:
+    return f"{count:g} epoch{'' if count == 1 else 's'}"
 
 
 def print_table(results: dict[str, Any], console: Console) -> None:

@@ -105,6 +105,7 @@ def test_notes_own_up_to_a_fall_that_is_too_deep() -> None:
     said = " ".join(notes(measured()))
     assert "fell by 10.0%, more than the 2% allowed; there was no time left to try less" in said
     assert "Standard error of an accuracy: 1.2%; one seed (0)" in said
+    assert "trained for 1 epoch, the pruned one for 2 epochs more" in said
 
 
 def test_notes_say_why_less_was_pruned() -> None:
