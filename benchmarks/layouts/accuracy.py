@@ -9,6 +9,7 @@ from typing import Any
 TASKS, LEAD = ("qnli", "mnli", "mrpc"), ("qnli", "mnli")
 TRAINED, LAST = ("qnli", "sst2"), "sst2"  # tasks of the cells that the trainer itself ran, and the one of them alone
 DEFAULT = "default"
+DENSE = ("dense", "dense, as long")  # the second for as many epochs as the pruning takes
 KIN = ("default", "recipe", "fisher")  # what blocks chosen by Fisher information have in common
 RECIPE, CONTROL, SLOWER, SHAPE = "recipe", "agp+kd", "agp+kd, half the learning rate", (8, 1)
 FASTER = "recipe, 8e-4"  # among the trainer's cells, whose rate is 4e-4
@@ -143,7 +144,8 @@ def gap_table(results: Results, tasks: Sequence[str] = LEAD, sparsity: float = 0
         "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for task in tasks:
-        groups = [[c for c in select(results, task=task) if c["method"] == "dense"]]
+        dense = [select(results, task=task, method=method) for method in DENSE]
+        groups = [cells for cells in dense if cells]
         methods = methods_of(results, task=task, block=SHAPE, sparsity=sparsity)
         groups += [select(results, task=task, method=m, block=SHAPE, sparsity=sparsity) for m in methods]
         for cells in sorted(groups, key=lambda cells: -mean(c["last"] for c in cells)):
