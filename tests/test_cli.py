@@ -176,6 +176,8 @@ def test_plan_of_a_run_for_other_hardware(cli: Callable[..., Done], tmp_path: Pa
         ("{", r"c\.json is not JSON"),
         ("[]", r"c\.json must hold an object, found a list"),
         ('{"sparsty": 0.5, "max_steps": 5}', "SparseDistillConfig has no field 'sparsty'"),
+        ('{"model_type": "bert", "max_steps": 5}', r"c\.json is the config of a model \(it holds 'model_type'\)"),
+        ('{"architectures": ["BertModel"]}', "fields of SparseDistillConfig; a model is named by --model"),
         ('{"sparsity": 1.5, "max_steps": 5}', r"sparsity=1.5 must be a number in \[0, 1\)"),
         ('{"sparsity": 0.5}', "no max_steps above 0.*pass --steps"),
         ('{"max_steps": "5"}', "no max_steps above 0"),
