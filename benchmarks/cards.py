@@ -88,11 +88,16 @@ def train(run: Run, data: Path, work: Path) -> Path:
     return folder
 
 
+def rows_taken(run: Run) -> int | None:
+    """Give how many rows, the first ones, a run was trained on; None = all. The trainer does not record it."""
+    words = run.data.split()
+    return int(words[words.index("--max_train_samples") + 1]) if "--max_train_samples" in words else None
+
+
 def publish(run: Run, folder: Path) -> None:
     """Write the card with what the run could not know, and copy it to model_cards/."""
     found = facts_from_folder(folder)
-    rows = found.data or DataFacts(name=run.title)
-    note = f"The first {rows.train_rows} rows." if "max_train_samples" in run.data else "All rows of the train split."
+    taken = rows_taken(run)
     facts = replace(
         found,
         name=run.name,
@@ -101,8 +106,9 @@ def publish(run: Run, folder: Path) -> None:
         language="en",
         task="text-classification",
         teacher="the same encoder, fine-tuned on the same rows: a frozen copy, taken when pruning started",
-        data=replace(rows, name=run.title, hub_id="nyu-mll/glue", config=run.task, train_split="train",
-                     eval_split="validation", note=note),
+        data=replace(found.data or DataFacts(name=run.title), name=run.title, hub_id="nyu-mll/glue", config=run.task,
+                     train_split="train", eval_split="validation", train_rows=taken,
+                     note=f"The first {taken:,} rows." if taken else "All rows of the train split."),
         eval_command=f"python benchmarks/cards.py --data GLUE --work FOLDER --only {run.name}",
         limits=LIMITS,
     )  # fmt: skip

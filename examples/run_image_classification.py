@@ -1,7 +1,8 @@
 """Make an image classifier small and fast: fine-tune (only if asked), prune and distil, measure, publish.
 
 In the manner of transformers' run_image_classification.py. Data: a dataset of the Hub, or folders of images with one
-folder per class inside (`train_dir/cat/1.png`). `--smoke` tries it all in seconds, offline.
+folder per class inside (`train_dir/cat/1.png`), read by Pillow (`pip install pillow`). `--smoke` tries it all in
+seconds, offline.
 
     python examples/run_image_classification.py --model_name_or_path google/vit-base-patch16-224-in21k \
         --dataset_name AI-Lab-Makerere/beans --label_column labels --finetune_epochs 3 --do_train --do_eval \
@@ -14,6 +15,7 @@ Many GPUs:
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,6 +148,8 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, args: Spar
 
 def main(argv: list[str] | None = None) -> None:
     """Run with these arguments; None = those of the command line."""
+    if importlib.util.find_spec("PIL") is None:
+        raise ImportError("images are read by Pillow, which is not installed: pip install pillow")
     launch(run, (ModelArguments, DataTrainingArguments, SparseDistillConfig), tiny_tasks.images, argv)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import transformers as tf
-from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -75,6 +74,8 @@ def ner(folder: Path) -> list[str]:
 
 def images(folder: Path) -> list[str]:
     """Image classification: which corner is bright."""
+    from PIL import Image  # which the other tasks do not need
+
     names = ["left", "right", "upper"]
     torch.manual_seed(0)
     model = tf.ViTForImageClassification(tf.ViTConfig(**_SIZES, image_size=16, patch_size=4, num_labels=len(names)))

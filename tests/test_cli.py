@@ -176,6 +176,8 @@ def test_plan_of_a_run_for_other_hardware(cli: Callable[..., Done], tmp_path: Pa
         ("{", r"c\.json is not JSON"),
         ("[]", r"c\.json must hold an object, found a list"),
         ('{"sparsty": 0.5, "max_steps": 5}', "SparseDistillConfig has no field 'sparsty'"),
+        ('{"model_type": "bert", "max_steps": 5}', r"c\.json is the config of a model \(it holds 'model_type'\)"),
+        ('{"architectures": ["BertModel"]}', "fields of SparseDistillConfig; a model is named by --model"),
         ('{"sparsity": 1.5, "max_steps": 5}', r"sparsity=1.5 must be a number in \[0, 1\)"),
         ('{"sparsity": 0.5}', "no max_steps above 0.*pass --steps"),
         ('{"max_steps": "5"}', "no max_steps above 0"),
@@ -481,6 +483,7 @@ def test_push_without_a_token(cli: Callable[..., Done], small: Path, monkeypatch
 
 
 def test_env(cli: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "2")
     monkeypatch.setenv("HF_SPARSE_BACKEND", "torch")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     told = json.loads(cli("env", "--json").out)
@@ -490,6 +493,7 @@ def test_env(cli: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> None:
     assert told["kernels"]["reference"]["available"] is True
     assert all(kernel["reason"] for kernel in told["kernels"].values())
     assert told["variables"]["HF_SPARSE_BACKEND"] == "torch"
+    assert told["variables"]["PARALLELISM_CONFIG_TP_SIZE"] == "2"
     assert set(told["native"]) == {"library", "threads", "compiler", "used", "instruction_sets"}
     assert all(isa["reason"] for isa in told["native"]["instruction_sets"].values())
     assert {"onnx", "onnxruntime", "openvino"} <= set(told["versions"])
@@ -505,13 +509,15 @@ def test_env(cli: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_variable_is_documented() -> None:
     root = Path(hf_sparse.__file__).parent
     table = (root.parent / "docs" / "environment.md").read_text(encoding="utf-8")
-    documented = set(re.findall(r"^\| `([A-Z_]+)`", table, re.MULTILINE))
+    cells = re.findall(r"^\| (`[A-Z].*?) \|", table, re.MULTILINE)
+    documented = {name for cell in cells for name in re.findall(r"`([A-Z_*]+)`", cell)}
     sources = [p.read_text(encoding="utf-8") for p in root.rglob("*") if p.suffix in (".py", ".cpp", ".h", ".c")]
     used = {name for text in sources for name in re.findall(r"\bHF_SPARSE_[A-Z]+(?:_[A-Z]+)*\b", text)}
     read = {name for text in sources for name in re.findall(r"environ(?:\.get\(|\[)[\"']([A-Z_]+)[\"']", text)}
-    from hf_sparse.cli.env import VARIABLES
+    from hf_sparse.cli.env import SIZES, VARIABLES
 
-    assert (used | read | set(VARIABLES)) - documented == set()
+    assert (used | read) - documented == set()
+    assert {*VARIABLES, SIZES} == documented - {"HF_TOKEN"}
 
 
 # --- the frame

@@ -59,7 +59,7 @@ def tasks_table(results: dict[str, Any]) -> str:
         Markdown.
     """
     names = {"qa": "question answering, F1", "clm": "language model, perplexity"}
-    lines = ["| run | sparsity | blocks | floor | dense | pruned | dev loss, dense | dev loss, pruned | weights |"]
+    lines = ["| run | sparsity | method | floor | dense | pruned | dev loss, dense | dev loss, pruned | weights |"]
     lines.append("|---|--:|---|--:|--:|--:|--:|--:|--:|")
     for row in results["rows"]:
         digits = 1

@@ -31,7 +31,7 @@ app = typer.Typer(
 
 for _command, _example in (
     (report, "hf-sparse report out/model --html report.html"),
-    (plan, "hf-sparse plan config.json --steps 1000 --model out/dense --plot plan.png"),
+    (plan, "hf-sparse plan pruning.json --steps 1000 --model out/dense --plot plan.png"),
     (compress, "hf-sparse compress out/dense out/small --block-height 8 --block-width 1"),
     (decompress, "hf-sparse decompress out/small out/dense"),
     (crop, "hf-sparse crop out/small out/cropped"),

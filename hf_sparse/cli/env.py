@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import os
+from fnmatch import fnmatchcase
 from typing import Any
 
 import typer
 
 from hf_sparse.cli.support import Debug, Json, guarded, print_json
 
-# Those of docs/environment.md that change what runs. Tokens are not among them.
+# Those of docs/environment.md. The token is not among them: what is printed goes into bug reports.
 VARIABLES = (
     "HF_SPARSE_BACKEND",
     "HF_SPARSE_ENCODER",
     "HF_SPARSE_ISA",
     "HF_SPARSE_TUNE",
+    "TRITON_INTERPRET",
+    "CXX",
     "OMP_NUM_THREADS",
     "HF_ENDPOINT",
     "HF_HOME",
     "HF_HUB_OFFLINE",
-    "CXX",
+    "XDG_CACHE_HOME",
+    "FSDP_VERSION",
+    "ACCELERATE_USE_PARALLELISM_CONFIG",
 )
+# One for each way to share out the work; accelerate knows which.
+SIZES = "PARALLELISM_CONFIG_*_SIZE"
 
 
 @guarded
@@ -55,12 +62,13 @@ def _collect() -> dict[str, Any]:
     from hf_sparse.inference.measuring.environment import ENGINE_PACKAGES, environment, native_kernels, package_version
 
     found = environment()
+    sizes = {name: value for name, value in sorted(os.environ.items()) if fnmatchcase(name, SIZES)}
     return {
         "versions": {**found["versions"], **{name: package_version(name) for name in ENGINE_PACKAGES}},
         "hardware": found["hardware"],
         "kernels": {name: {"available": able, "reason": why} for name, (able, why) in backend_status().items()},
         "native": native_kernels(),
-        "variables": {name: os.environ.get(name) for name in VARIABLES},
+        "variables": {**{name: os.environ.get(name) for name in VARIABLES}, **sizes},
     }
 
 

@@ -88,6 +88,11 @@ def _settings(values: dict[str, Any], config_file: Path | None) -> SparseDistill
     from hf_sparse.training.config import SparseDistillConfig
 
     known = {spec.name for spec in fields(SparseDistillConfig)}
+    if model_config := sorted({"model_type", "architectures"} & set(values)):
+        raise ValueError(
+            f"{config_file} is the config of a model (it holds {model_config[0]!r}): expected a JSON file with fields "
+            f"of SparseDistillConfig; a model is named by --model."
+        )
     if unknown := sorted(set(values) - known):
         raise ValueError(f"{config_file}: SparseDistillConfig has no field {unknown[0]!r}.")
     # The other fields may ask for hardware that this machine, which only plans, does not have.

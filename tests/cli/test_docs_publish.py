@@ -34,7 +34,7 @@ def test_the_document_runs(
     dense.rename("out/dense")
     save_tokenizer(Path("out/model"))
     write_card("out/model", FULL)
-    Path("config.json").write_text(json.dumps({"sparsity": 0.8}))
+    Path("pruning.json").write_text(json.dumps({"sparsity": 0.8}))
     text = DOCUMENT.read_text(encoding="utf-8").replace("you/pruned", "tester/pruned")
     blocks = re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL)
     assert {language for language, _ in blocks} == {"bash", "python", "text"}

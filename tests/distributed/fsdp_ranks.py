@@ -169,7 +169,7 @@ def traffic(folder: Path) -> dict[str, Any]:
     """Bytes that each step sends, and the end, under DDP and FSDP2."""
     seen: dict[str, Any] = {}
     for engine, fsdp in (("ddp", {}), ("fsdp2", SHARDED)):
-        for importance in ("magnitude", "activation"):
+        for importance in ("fisher", "magnitude", "activation"):
             trainer = make_trainer(bert(), folder, rows("classes", 16), **TRAFFIC, **SPLIT, **fsdp,
                                    importance=importance)  # fmt: skip
             with counted() as sent:

@@ -39,7 +39,7 @@ def expected(engine: str, importance: str) -> tuple[list[int], int]:
 
 @pytest.mark.dist
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("importance", ["magnitude", "activation"])
+@pytest.mark.parametrize("importance", ["fisher", "magnitude", "activation"])
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_counted_bytes_are_those_of_the_formulas(
     tmp_path_factory: pytest.TempPathFactory, ranks: int, engine: str, importance: str

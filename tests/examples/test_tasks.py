@@ -149,6 +149,12 @@ def test_refusals(script: ModuleType, arguments: list[str], message: str, tmp_pa
         script.main([*arguments, "--use_cpu", "--output_dir", str(tmp_path / "out")])
 
 
+def test_images_without_pillow_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_image_classification.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="images are read by Pillow, which is not installed: pip install pillow"):
+        run_image_classification.main(["--smoke"])
+
+
 def test_what_does_not_fit_is_refused_before_fine_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[str] = []
     monkeypatch.setattr(runs.Trainer, "train", lambda self, *_, **__: trained.append(type(self).__name__))
