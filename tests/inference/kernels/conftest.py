@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import pytest
@@ -12,6 +13,11 @@ from hf_sparse.core.stored.packing import LayerFormat, pack_mask
 from hf_sparse.inference.kernels.build import find_compiler
 from hf_sparse.inference.kernels.library import load_library
 from hf_sparse.inference.kernels.registry import BlockIndex
+
+
+def triton_is_missing() -> bool:
+    """Tell whether there is no Triton, or one that is older than 3.4. Imports it, once TRITON_INTERPRET is set."""
+    return any(importlib.util.find_spec(name) is None for name in ("triton", "triton.tools.tensor_descriptor"))
 
 
 @pytest.fixture

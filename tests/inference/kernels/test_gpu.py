@@ -5,7 +5,6 @@ The interpreter has no bfloat16 matrix product; float16 goes through the same li
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import weakref
 from typing import Any
@@ -19,10 +18,10 @@ from hf_sparse.core.blocks import expand_mask, scale_blocks_, to_blocks
 from hf_sparse.core.stored.packing import FormatError, LayerFormat
 from hf_sparse.inference.kernels import BlockIndex, LayerSpec, backend_status, block_sparse_linear, to_dense
 from hf_sparse.inference.kernels.reference import ACTIVATIONS, activate
-from tests.inference.kernels.conftest import random_layer
+from tests.inference.kernels.conftest import random_layer, triton_is_missing
 
 pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+    pytest.mark.skipif(triton_is_missing(), reason="no triton of 3.4 or newer is installed"),
     pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="-m gpu compiles the programs"),
 ]
 

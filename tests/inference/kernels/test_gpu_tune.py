@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 from dataclasses import replace
@@ -13,9 +12,10 @@ import torch
 
 from hf_sparse.core.stored.packing import LayerFormat
 from hf_sparse.inference.kernels import BlockIndex, LayerSpec
+from tests.inference.kernels.conftest import triton_is_missing
 
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("triton is not installed", allow_module_level=True)
+if triton_is_missing():
+    pytest.skip("no triton of 3.4 or newer is installed", allow_module_level=True)
 
 from hf_sparse.inference.kernels.gpu import limits
 from hf_sparse.inference.kernels.gpu.choice import plan_for, token_bucket

@@ -150,6 +150,20 @@ def test_a_backend_that_this_version_lacks_is_a_reason_not_a_crash(monkeypatch: 
     assert backend_status()["gpu"] == (False, "the 'gpu' backend is not part of this version of hf_sparse.")
 
 
+@pytest.mark.parametrize(("lacking", "reason"), [
+    ("triton", "triton is not installed"),
+    ("triton.tools.tensor_descriptor", "Triton is older than 3.4, which torch 2.8 brings along"),
+])  # fmt: skip
+def test_a_gpu_without_the_triton_that_it_needs_is_left_out(
+    lacking: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hf_sparse.inference.kernels.gpu import backend
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None if name == lacking else object())
+    assert backend.GpuBackend().available() == (False, reason)
+
+
 def test_status_covers_every_backend() -> None:
     status = backend_status()
     assert set(status) == set(CHOICES) - {"auto"}

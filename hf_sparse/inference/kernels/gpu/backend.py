@@ -38,12 +38,16 @@ class GpuBackend:
         """Tell whether there is a GPU, and Triton to compile for it."""
         if importlib.util.find_spec("triton") is None:
             return False, "triton is not installed"
-        if interpreted():
-            return True, "Triton's interpreter (TRITON_INTERPRET=1): right, and slow"
-        if not torch.cuda.is_available():
+        slow = interpreted()
+        if not slow and not torch.cuda.is_available():
             return False, "torch finds no GPU"
-        if torch.version.cuda is not None and torch.cuda.get_device_capability() < (8, 0):
+        if not slow and torch.version.cuda is not None and torch.cuda.get_device_capability() < (8, 0):
             return False, f"{torch.cuda.get_device_name()} is older than compute capability 8.0"
+        # Asked last, because it imports Triton.
+        if importlib.util.find_spec("triton.tools.tensor_descriptor") is None:
+            return False, "Triton is older than 3.4, which torch 2.8 brings along"
+        if slow:
+            return True, "Triton's interpreter (TRITON_INTERPRET=1): right, and slow"
         return True, f"Triton on {torch.cuda.get_device_name()}"
 
     def supports(self, spec: LayerSpec) -> tuple[bool, str]:
