@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import parse_flag_from_env
 from torch import nn
@@ -48,6 +49,11 @@ def refuse_unsupported_engine(args: TrainingArguments) -> None:
                 f"FSDP version {version}{' on XLA' if given.get('xla') else ''} is not supported: it flattens "
                 f"weights, so that a shard has neither rows nor blocks. Use FSDP2: fsdp_version: 2 in the accelerate "
                 f"config, or fsdp_config={{'version': 2}}."
+            )
+        if torch.__version__ < "2.7":
+            raise ValueError(
+                f"FSDP2 with torch {torch.__version__} is not supported: accelerate asks it for what came with torch "
+                f"2.7. Update torch, or launch with plain DDP (accelerate launch --multi_gpu)."
             )
     refuse_other_parallelism(args)
     if args.parallel_mode.name == "SAGEMAKER_MODEL_PARALLEL":

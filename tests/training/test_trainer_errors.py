@@ -275,3 +275,13 @@ def test_a_batch_without_tensors(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match=r"the batch holds no tensor, only \['text'\]"):
         count_units({"text": ["a"]}, shifted=False)
+
+
+def test_fsdp2_of_an_old_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = sparse_config(tmp_path)
+    args.fsdp = True
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.7.0"))
+    refuse_unsupported_engine(args)
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.6.0+cu124"))
+    with pytest.raises(ValueError, match=r"FSDP2 with torch 2\.6\.0\+cu124 is not supported: .*torch 2\.7"):
+        refuse_unsupported_engine(args)
