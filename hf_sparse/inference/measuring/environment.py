@@ -48,6 +48,8 @@ def environment(root: str | os.PathLike[str] | None = None) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
     }
     versions = {"python": platform.python_version(), **{name: package_version(name) for name in PACKAGES}}
+    # Which CUDA it was built for, a wheel's metadata does not always tell.
+    versions["torch"] = str(torch.__version__)
     return {"commit": _commit(Path(root)) if root is not None else None, "hardware": hardware, "versions": versions}
 
 
