@@ -16,8 +16,10 @@ from hf_sparse.inference.kernels.registry import BlockIndex
 
 
 def triton_is_missing() -> bool:
-    """Tell whether there is no Triton, or one that is older than 3.4. Imports it, once TRITON_INTERPRET is set."""
-    return any(importlib.util.find_spec(name) is None for name in ("triton", "triton.tools.tensor_descriptor"))
+    """Tell whether there is no Triton, or one that is too old. Imports it, once TRITON_INTERPRET is set."""
+    from hf_sparse.inference.kernels.gpu import backend
+
+    return importlib.util.find_spec("triton") is None or backend._triton_version() < backend.OLDEST_TRITON
 
 
 @pytest.fixture

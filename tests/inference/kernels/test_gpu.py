@@ -21,7 +21,7 @@ from hf_sparse.inference.kernels.reference import ACTIVATIONS, activate
 from tests.inference.kernels.conftest import random_layer, triton_is_missing
 
 pytestmark = [
-    pytest.mark.skipif(triton_is_missing(), reason="no triton of 3.4 or newer is installed"),
+    pytest.mark.skipif(triton_is_missing(), reason="no triton of 3.6 or newer is installed"),
     pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="-m gpu compiles the programs"),
 ]
 

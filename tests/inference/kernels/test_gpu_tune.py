@@ -15,7 +15,7 @@ from hf_sparse.inference.kernels import BlockIndex, LayerSpec
 from tests.inference.kernels.conftest import triton_is_missing
 
 if triton_is_missing():
-    pytest.skip("no triton of 3.4 or newer is installed", allow_module_level=True)
+    pytest.skip("no triton of 3.6 or newer is installed", allow_module_level=True)
 
 from hf_sparse.inference.kernels.gpu import limits
 from hf_sparse.inference.kernels.gpu.choice import plan_for, token_bucket

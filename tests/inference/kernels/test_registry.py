@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -150,18 +152,20 @@ def test_a_backend_that_this_version_lacks_is_a_reason_not_a_crash(monkeypatch: 
     assert backend_status()["gpu"] == (False, "the 'gpu' backend is not part of this version of hf_sparse.")
 
 
-@pytest.mark.parametrize(("lacking", "reason"), [
-    ("triton", "triton is not installed"),
-    ("triton.tools.tensor_descriptor", "Triton is older than 3.4, which torch 2.8 brings along"),
+@pytest.mark.parametrize(("version", "reason"), [
+    (None, "triton is not installed"),
+    ("3.5.1", "Triton 3.5 is older than 3.6, which torch 2.10 brings along"),
+    ("3.10.0+git1", "Triton's interpreter (TRITON_INTERPRET=1): right, and slow"),
 ])  # fmt: skip
 def test_a_gpu_without_the_triton_that_it_needs_is_left_out(
-    lacking: str, reason: str, monkeypatch: pytest.MonkeyPatch
+    version: str | None, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from hf_sparse.inference.kernels.gpu import backend
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None if name == lacking else object())
-    assert backend.GpuBackend().available() == (False, reason)
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None if version is None else object())
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=version))
+    assert backend.GpuBackend().available() == (reason.endswith("slow"), reason)
 
 
 def test_status_covers_every_backend() -> None:

@@ -21,7 +21,16 @@ from hf_sparse.inference.kernels.registry import BlockIndex, LayerSpec, register
 
 # Rows and columns of a block from which the gradients have programs.
 MIN_TILE = 16
+# The oldest that the programs have run with on a GPU; what they take from it came in the releases before it.
+OLDEST_TRITON = (3, 6)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _triton_version() -> tuple[int, int]:
+    import triton  # it takes long, and is needed where there is a GPU alone
+
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 def interpreted() -> bool:
@@ -43,9 +52,9 @@ class GpuBackend:
             return False, "torch finds no GPU"
         if not slow and torch.version.cuda is not None and torch.cuda.get_device_capability() < (8, 0):
             return False, f"{torch.cuda.get_device_name()} is older than compute capability 8.0"
-        # Asked last, because it imports Triton.
-        if importlib.util.find_spec("triton.tools.tensor_descriptor") is None:
-            return False, "Triton is older than 3.4, which torch 2.8 brings along"
+        if (version := _triton_version()) < OLDEST_TRITON:
+            found, needed = (".".join(map(str, numbers)) for numbers in (version, OLDEST_TRITON))
+            return False, f"Triton {found} is older than {needed}, which torch 2.10 brings along"
         if slow:
             return True, "Triton's interpreter (TRITON_INTERPRET=1): right, and slow"
         return True, f"Triton on {torch.cuda.get_device_name()}"
