@@ -11,7 +11,7 @@ Everything here also takes whole weights, which cost no message and no cut.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,25 +96,27 @@ def reshard(model: nn.Module) -> None:
 def norms_of_blocks(
     weights: Mapping[str, Tensor],
     block_shapes: Mapping[str, BlockShape],
-    input_scales: Mapping[str, Tensor] | None = None,
+    factors: Callable[[str], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Compute the L2 norms of all blocks of all weights; the same on all ranks.
 
     Args:
         weights: {name: [O, I]}, whole or sharded.
         block_shapes: {name: (h, w)}, both positive.
-        input_scales: {name: [I]}: factors by which the columns count; None = 1.
+        factors: gives for a name what its weights count times: [I] for the columns, or a scalar or [O, I], sharded as
+            the weight is. Asked for one weight after the other, so that no more than one product is held. None = 1.
 
     Returns:
         {name: [R, C]}, as `core.blocks.block_norms` gives them.
     """
-    scales = input_scales or {}
     squares: dict[str, Tensor] = {}
     norms: dict[str, Tensor] = {}
     for name, weight in weights.items():
+        factor = None if factors is None else factors(name).to(weight.device, weight.dtype)
+        if factor is not None and (factor.ndim != 1 or not isinstance(weight, DTensor)):
+            weight, factor = weight * factor, None
         if not isinstance(weight, DTensor):
-            scaled = weight * scales[name].to(weight.device, weight.dtype) if name in scales else weight
-            norms[name] = block_norms(scaled, block_shapes[name])
+            norms[name] = block_norms(weight, block_shapes[name])
             continue
         local, offset = _local(weight)
         grid = grid_shape((weight.shape[0], weight.shape[1]), block_shapes[name])
@@ -122,9 +124,9 @@ def norms_of_blocks(
         total = squares[name] = local.new_zeros(grid, dtype=wide)
         for part in parts_of_shard(offset, (local.shape[0], local.shape[1]), block_shapes[name]):
             piece = local[part.rows, part.cols]
-            if name in scales:
+            if factor is not None:
                 start = offset[1] + part.cols.start
-                piece = piece * scales[name][start : start + piece.shape[1]].to(piece.device, piece.dtype)
+                piece = piece * factor[start : start + piece.shape[1]].to(piece.device)
             total[part.grid_rows, part.grid_cols] += block_norms(piece, part.shape).square()
     if squares:
         summed = _sum_over_shards({name: weights[name] for name in squares}, squares)

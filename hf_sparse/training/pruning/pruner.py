@@ -196,17 +196,16 @@ class Pruner:
             return magnitudes(norms_of_blocks(weights, shapes), shapes), None
         if self.config.importance == "fisher":
             squares = self.squares.means(optimizer)
-            felt = {name: weight * squares[name].sqrt().to(weight.dtype) for name, weight in weights.items()}
             # Before the first gradients this ranks by magnitude, which does not compare layers.
             known = any(square.ndim for square in squares.values())
             share = None if known or self.config.sparsity_scope != "auto" else 1.0
-            return magnitudes(norms_of_blocks(felt, shapes), shapes), share
+            return magnitudes(norms_of_blocks(weights, shapes, lambda name: squares[name].sqrt()), shapes), share
         if measure is None:
             raise ValueError(f"importance={self.config.importance!r} looks at a batch: pass measure to begin_step.")
         rms = measure()
         # The forward that measured may have gathered weights.
         reshard(self.model)
-        return magnitudes(norms_of_blocks(dict(self.masks.weights()), shapes, rms), shapes), None
+        return magnitudes(norms_of_blocks(dict(self.masks.weights()), shapes, rms.__getitem__), shapes), None
 
     def _coefs(self) -> dict[str, Tensor]:
         for name, coef in self.coefs.items():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_sparse.training.pruning.sensitivity import DECAY, SquaredGradients
@@ -147,3 +148,24 @@ def train_linear(optimizer_class: Any, steps: int) -> tuple[nn.Linear, Any]:
         linear(torch.randn(5, 3)).square().sum().backward()
         optimizer.step()
     return linear, optimizer
+
+
+def test_an_update_by_fisher_holds_one_product_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_sparse.training.distributed import shards
+
+    held: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+    norms = shards.block_norms
+
+    def watched(weight: Tensor, shape: tuple[int, int]) -> Tensor:
+        alive.append(sum(ref() is not None for ref in held))
+        held.append(weakref.ref(weight))
+        return norms(weight, shape)
+
+    monkeypatch.setattr(shards, "block_norms", watched)
+    weights = {f"{i}": torch.randn(8, 4) for i in range(4)}
+    squares = {name: torch.rand(8, 4) for name in weights}
+    found = shards.norms_of_blocks(weights, dict.fromkeys(weights, (4, 1)), lambda name: squares[name].sqrt())
+    assert alive == [0, 0, 0, 0]
+    for name, weight in weights.items():
+        torch.testing.assert_close(found[name], norms(weight * squares[name].sqrt(), (4, 1)))
