@@ -10,7 +10,8 @@ TASKS, LEAD = ("qnli", "mnli", "mrpc"), ("qnli", "mnli")
 TRAINED, LAST = ("qnli", "sst2"), "sst2"  # tasks of the cells that the trainer itself ran, and the one of them alone
 DEFAULT = "default"
 DENSE = ("dense", "dense, as long")  # the second for as many epochs as the pruning takes
-KIN = ("default", "recipe", "fisher")  # what blocks chosen by Fisher information have in common
+KIN = ("default", "recipe", "fisher")  # how names begin of methods that choose blocks by Fisher information
+NO_KIN = ("by magnitude", "by activation")  # how names end of those that do not, for all that
 RECIPE, CONTROL, SLOWER, SHAPE = "recipe", "agp+kd", "agp+kd, half the learning rate", (8, 1)
 FASTER = "recipe, 8e-4"  # among the trainer's cells, whose rate is 4e-4
 LONGER = ("default, four passes", "default, twelve passes")  # than others of their task: not compared with them
@@ -52,6 +53,11 @@ def select(results: Results, **wanted: Any) -> Cells:
             (tuple(cell["block"]) if key == "block" else cell[key]) == value for key, value in wanted.items()
         )
     ]  # fmt: skip
+
+
+def is_kin(method: str) -> bool:
+    """Tell whether a method chooses blocks as the default does, and is a variant of it."""
+    return method.startswith(KIN) and not method.endswith(NO_KIN)
 
 
 def methods_of(results: Results, **wanted: Any) -> list[str]:

@@ -9,7 +9,6 @@ from typing import Any
 from benchmarks.layouts.accuracy import (
     CONTROL,
     DEFAULT,
-    KIN,
     LAST,
     LEAD,
     LONG,
@@ -19,6 +18,7 @@ from benchmarks.layouts.accuracy import (
     TASKS,
     TRAINED,
     Results,
+    is_kin,
     mean,
     mean_share,
     methods_of,
@@ -101,7 +101,7 @@ def against(results: Results, task: str, ours: Mapping[str, Any], kin: bool) -> 
     ahead: dict[str, float] = {}
     for name in names:
         apart = points(results, [task], ours, {**ours, "method": name})
-        if apart is not None and name != ours["method"] and name.startswith(KIN) == kin:
+        if apart is not None and name != ours["method"] and is_kin(name) == kin:
             ahead[name] = apart
     if not ahead:
         return None

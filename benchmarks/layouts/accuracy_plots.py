@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.layouts.accuracy import DEFAULT, KIN, SHAPE, Cells, Results, mean, methods_of, select, share
+from benchmarks.layouts.accuracy import DEFAULT, SHAPE, Cells, Results, is_kin, mean, methods_of, select, share
 
 OURS, OTHERS, MUTED = "#1f6f8b", "#d1603d", "0.45"
 LOWEST = -45.0  # percent: below, a method has lost the task, and how far does not matter
@@ -60,7 +60,7 @@ def plot_methods(panels: Sequence[tuple[str, Results, str]], file: Path, sparsit
     figure, all_axes = plt.subplots(1, len(panels), figsize=size, squeeze=False)
     for axes, scores, (title, results, task) in zip(all_axes[0], found, panels, strict=True):
         for row, (method, values) in enumerate(scores):
-            colour = OURS if method.startswith(KIN) else OTHERS
+            colour = OURS if is_kin(method) else OTHERS
             axes.hlines(row, min(values), max(values), color=colour, linewidth=2)
             axes.plot(mean(values), row, "D" if method == DEFAULT else "o", color=colour, markersize=6)
         dense = 100 * select(results, task=task, method="dense")[0]["last"]

@@ -317,6 +317,14 @@ def test_goals_say_what_was_reached_and_what_was_not_run() -> None:
     )
 
 
+def test_what_chooses_blocks_otherwise_is_no_variant_of_the_default() -> None:
+    trained = trained_of()
+    cell = next(cell for cell in trained["cells"] if cell["method"] == "default" and cell["task"] == "sst2")
+    trained["cells"].append({**cell, "method": "recipe, by activation", "last": 0.86})
+    text = accuracy_goals.goals_table(results_of(), trained)
+    assert "(SST2, the trainer) | -1.0 points against the best of 3, recipe, by activation; one seed | no |" in text
+
+
 def test_the_table_of_energies() -> None:
     assert "| output.dense | qnli | 0.34 to 0.91 | 33% | 57% |" in accuracy_tables.energy_table(results_of())
 
