@@ -36,8 +36,9 @@ def goals_table(results: Results, trained: Results) -> str:
     at = {s: {"method": RECIPE, "block": SHAPE, "sparsity": s} for s in (0.5, 0.8, 0.9)}
     lines = ["| goal | reached | met |", "|---|---|---|"]
 
-    def add(goal: str, text: str, met: bool | None) -> None:
-        lines.append(f"| {goal} | {text} | {'not run' if met is None else 'yes' if met else 'no'} |")
+    def add(goal: str, text: str, met: bool | str | None) -> None:
+        said = met if isinstance(met, str) else "not run" if met is None else "yes" if met else "no"
+        lines.append(f"| {goal} | {text} | {said} |")
 
     def over_all(of_task: Callable[[Results, str], float | None]) -> tuple[str, float] | None:
         found = {task: of_task(results, task) for task in TASKS} | {LAST: of_task(trained, LAST)}
@@ -83,12 +84,19 @@ def goals_table(results: Results, trained: Results) -> str:
         (results, RECIPE, "qnli", "the grid"), *((trained, DEFAULT, task, "the trainer") for task in TRAINED),
     ):  # fmt: skip
         if (found := against(source, task, {**at[0.9], "method": ours}, kin=False)) is not None:
-            add(f"90 %: {ours} above every other method ({task.upper()}, {where})", found[0], found[1] > 0)
+            text, ahead, error = found
+            told = apart_by_noise(ahead, error) or ahead > 0
+            add(f"90 %: {ours} above every other method ({task.upper()}, {where})", text, told)
     for task in TRAINED:
         if (found := against(trained, task, {**at[0.9], "method": DEFAULT}, kin=True)) is not None:
             rivalry = f"90 %: no variant of the default ahead of it by two standard errors ({task.upper()})"
             add(rivalry, found[0], found[1] >= -2 * found[2])
     return "\n".join(lines)
+
+
+def apart_by_noise(ahead: float, error: float) -> str:
+    """Say so where a difference is less than two standard errors; "" where it is more."""
+    return "within noise" if abs(ahead) < 2 * error else ""
 
 
 def against(results: Results, task: str, ours: Mapping[str, Any], kin: bool) -> tuple[str, float, float] | None:

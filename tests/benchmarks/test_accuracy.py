@@ -321,6 +321,7 @@ def test_what_chooses_blocks_otherwise_is_no_variant_of_the_default() -> None:
     trained = trained_of()
     cell = next(cell for cell in trained["cells"] if cell["method"] == "default" and cell["task"] == "sst2")
     trained["cells"].append({**cell, "method": "recipe, by activation", "last": 0.86})
+    assert accuracy_goals.apart_by_noise(0.3, 0.8) == "within noise" and not accuracy_goals.apart_by_noise(0.3, 0.1)
     text = accuracy_goals.goals_table(results_of(), trained)
     assert "(SST2, the trainer) | -1.0 points against the best of 3, recipe, by activation; one seed | no |" in text
 
