@@ -7,7 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.layouts.accuracy import DEFAULT, SHAPE, Cells, Results, is_kin, mean, methods_of, select, share
+from benchmarks.layouts.accuracy import (
+    DEFAULT,
+    SHAPE,
+    Cells,
+    Results,
+    dense_score,
+    is_kin,
+    mean,
+    methods_of,
+    select,
+    share,
+)
 
 OURS, OTHERS, MUTED = "#1f6f8b", "#d1603d", "0.45"
 LOWEST = -45.0  # percent: below, a method has lost the task, and how far does not matter
@@ -63,7 +74,7 @@ def plot_methods(panels: Sequence[tuple[str, Results, str]], file: Path, sparsit
             colour = OURS if is_kin(method) else OTHERS
             axes.hlines(row, min(values), max(values), color=colour, linewidth=2)
             axes.plot(mean(values), row, "D" if method == DEFAULT else "o", color=colour, markersize=6)
-        dense = 100 * select(results, task=task, method="dense")[0]["last"]
+        dense = 100 * dense_score(task, results)
         for text, at in (("dense", dense), ("floor", 100 * results["floors"][task]["accuracy"])):
             axes.axvline(at, color="0.3", linewidth=0.8, linestyle=":" if text == "dense" else "-")
             axes.text(at, -0.9, text, ha="center", va="bottom", fontsize=8, color="0.3")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import time
 from pathlib import Path
@@ -10,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("triton is not installed", allow_module_level=True)
+from tests.inference.kernels.conftest import triton_is_missing
+
+if triton_is_missing():
+    pytest.skip("no triton of 3.6 or newer is installed", allow_module_level=True)
 if torch.cuda.is_available():
     pytest.skip("there is a GPU: run benchmarks/gpu.py", allow_module_level=True)
 
