@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from hf_sparse.core.structure.overrides import is_block_size
 from hf_sparse.core.structure.targets import compile_pattern
+from hf_sparse.training.distillation.distill import HIDDEN_FORMS
 from hf_sparse.training.schedules import SCHEDULES
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "sparsity_schedule": SCHEDULES,
     "embedding_pooling": ("mean", "cls", "last"),
     "importance": ("magnitude", "activation", "fisher"),
+    "hidden_form": HIDDEN_FORMS,
     "penalty_form": ("loss", "proximal"),
     "save_format": ("compressed", "dense", "cropped"),
 }

@@ -107,7 +107,12 @@ class SparseDistillConfig(TrainingArguments):
         'How kd_weight makes an embedding of hidden states, for models without logits: "mean" of the real tokens, '
         '"cls" (the first) or "last" (the last real one).',
     )
-    hidden_weight: float = _field(0.0, "Weight of the mean squared error between hidden states, summed over layers.")
+    hidden_weight: float = _field(0.0, "Weight of the error between hidden states, summed over layers.")
+    hidden_form: str = _field(
+        "relative",
+        'That error: "relative" (squared distance over the squared size of the teacher\'s states, so that one weight '
+        'fits all models) or "mse" (mean squared error).',
+    )
     attention_weight: float = _field(
         0.0, "Weight of the mean squared error between attention maps, summed over layers."
     )

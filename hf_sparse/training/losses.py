@@ -50,7 +50,8 @@ def distillation_terms(
     if config.hidden_weight:
         sides = compared_layers(student, teacher, inputs, "hidden_states", "hidden_weight", config.teacher_layers)
         maps = [None if projections is None else projections.get(x.name) for x in sides]
-        losses = [hidden_loss(x.student, x.teacher, x.mask, m) for x, m in zip(sides, maps, strict=True)]
+        form = config.hidden_form
+        losses = [hidden_loss(x.student, x.teacher, x.mask, m, form) for x, m in zip(sides, maps, strict=True)]
         terms["loss_hidden"] = torch.stack(losses).sum(), "samples"
     if config.attention_weight:
         sides = compared_layers(student, teacher, inputs, "attentions", "attention_weight", config.teacher_layers)

@@ -29,6 +29,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "kd_weight": 1.0,
         "kd_temperature": 1.0,
         "hidden_weight": 1.0,
+        "hidden_form": "mse",
         "attention_weight": 1.0,
         "graft_start": 0.3,
         "graft_hold": 0.5,

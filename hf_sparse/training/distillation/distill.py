@@ -17,6 +17,7 @@ from torch import Tensor
 from hf_sparse.training.distillation.chunked import soft_divergence
 
 KINDS = ("classes", "multi_label", "regression")
+HIDDEN_FORMS = ("relative", "mse")
 
 
 def distillation_loss(
@@ -103,29 +104,49 @@ def hidden_loss(
     teacher: Sequence[Tensor],
     attention_mask: Tensor | None = None,
     projection: Callable[[Tensor], Tensor] | None = None,
+    form: str = "mse",
 ) -> Tensor:
-    """Compute the mean squared error between hidden states, summed over layers.
+    """Compute how far the student's hidden states are from the teacher's, summed over layers.
+
+    "mse": mean squared error. "relative": ||student - teacher||^2 / ||teacher||^2 over all real tokens of a sample.
+    The size of hidden states differs between models by orders of magnitude, between those that normalise what a layer
+    hands on and those that add to it; dividing by it makes one weight fit all of them.
 
     Args:
         student: one [B, T, D] per layer.
         teacher: as many, same shapes, treated as constant.
         attention_mask: [B, T], nonzero = real token; None = all real.
         projection: makes the student's states as wide as the teacher's; None where they are.
+        form: one of "mse", "relative".
 
     Returns:
         A scalar, float32. Each sample counts the same, however many tokens it has.
 
     Raises:
-        ValueError: if the numbers of layers or the shapes differ.
+        ValueError: if the numbers of layers or the shapes differ, or `form` is unknown.
 
-    Source: Sparse Progressive Distillation (ACL 2022), whose released code also counts padding.
+    Source: "mse" is that of Sparse Progressive Distillation (ACL 2022), whose released code also counts padding.
+
+    Example:
+        >>> states = [torch.full((1, 3, 4), 20.0)]
+        >>> hidden_loss([0.5 * states[0]], states), hidden_loss([0.5 * states[0]], states, form="relative")
+        (tensor(100.), tensor(0.2500))
     """
+    if form not in HIDDEN_FORMS:
+        raise ValueError(f"form={form!r} is not known: use one of {list(HIDDEN_FORMS)}.")
     if projection is not None:
         student = [projection(states.float()) for states in student]
     _check_layers("hidden states", student, teacher)
     attention_mask = _one_row_per_sample(attention_mask)
-    errors = [(s.float() - t.detach().float()).square().mean(-1) for s, t in zip(student, teacher, strict=True)]
-    return torch.stack([_per_sample(error, attention_mask).mean() for error in errors]).sum()
+    losses = []
+    for mine, theirs in zip(student, teacher, strict=True):
+        theirs = theirs.detach().float()
+        error = _per_sample((mine.float() - theirs).square().mean(-1), attention_mask)
+        if form == "relative":
+            size = _per_sample(theirs.square().mean(-1), attention_mask)
+            error = error / size.clamp(min=torch.finfo(torch.float32).tiny)
+        losses.append(error.mean())
+    return torch.stack(losses).sum()
 
 
 def attention_loss(
