@@ -238,7 +238,7 @@ def make_trainer(variant: Variant, model: nn.Module, teacher: nn.Module, args: a
             trainer.teacher = teacher.to(trainer.args.device).eval().requires_grad_(False)
             trainer.hidden = variant.hidden
         return trainer
-    config = SparseDistillConfig(**given, **variant.settings)
+    config = SparseDistillConfig(**{"hidden_weight": 0.0, **given, **variant.settings})
     sparse = SparseDistillTrainer(
         student, config, train_dataset=data, teacher_model=teacher if config.needs_teacher else None
     )

@@ -197,6 +197,7 @@ class Stack:
             for kind in ("task", "kd", "hidden")
         }
         self.temperature = torch.tensor([config.kd_temperature for config in configs], device=device)
+        self.relative = torch.tensor([config.hidden_form == "relative" for config in configs], device=device)
         self.clip = torch.tensor([config.max_grad_norm for config in configs], device=device)
         self.grafts = [n for n, config in enumerate(configs) if config.graft_start < 1.0]
         self.adam = _Adam(self.stack, configs, self.grafts)
@@ -299,12 +300,15 @@ class Stack:
         mine, theirs = F.log_softmax(logits / heat, -1), F.log_softmax(taught[0][self.stream_of] / heat, -1)
         terms["kd"] = (theirs.exp() * (theirs - mine)).sum(-1).mean(1) * self.temperature**2
         if any(config.hidden_weight for config in self.configs):
-            share = mask / (mask.sum(-1, keepdim=True) * mask.shape[1])
+            share = mask / mask.sum(-1, keepdim=True)
             total = torch.zeros_like(terms["task"])
             for mine, theirs in zip(states[1:], taught[1][1:], strict=True):
-                apart = mine - theirs[self.stream_of]
-                error = torch.linalg.vector_norm(apart, dim=-1, dtype=torch.float32).square() / apart.shape[-1]
-                total = total + (error * share).sum((1, 2))
+                theirs = theirs[self.stream_of]
+                error, size = (
+                    (torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).square() * share).sum(-1) / x.shape[-1]
+                    for x in (mine - theirs, theirs)
+                )
+                total = total + torch.where(self.relative[:, None], error / size, error).mean(1)
             terms["hidden"] = total
         return terms
 

@@ -25,6 +25,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 LAYER_SHARE = 0.1  # the default of layer_share
+HIDDEN_WEIGHT = 1.0  # of hidden_weight
 
 
 def check_settings(config: SparseDistillConfig) -> None:

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from hf_sparse.core.blocks import BlockShape
 from hf_sparse.core.structure.overrides import parse_block_overrides
-from hf_sparse.training.checks import LAYER_SHARE, check_settings
+from hf_sparse.training.checks import HIDDEN_WEIGHT, LAYER_SHARE, check_settings
 from hf_sparse.training.distillation.layerwise import Layers, parse_layer_map
 from hf_sparse.training.presets import PRESETS
 
@@ -107,7 +107,11 @@ class SparseDistillConfig(TrainingArguments):
         'How kd_weight makes an embedding of hidden states, for models without logits: "mean" of the real tokens, '
         '"cls" (the first) or "last" (the last real one).',
     )
-    hidden_weight: float = _field(0.0, "Weight of the error between hidden states, summed over layers.")
+    hidden_weight: float = _field(
+        HIDDEN_WEIGHT,
+        "Weight of the error between hidden states, summed over layers; 0, unless given, without kd_weight and where "
+        "hidden states cannot be compared (a teacher of another depth or width, a model that returns none).",
+    )
     hidden_form: str = _field(
         "relative",
         'That error: "relative" (squared distance over the squared size of the teacher\'s states, so that one weight '
@@ -151,9 +155,15 @@ class SparseDistillConfig(TrainingArguments):
             raise ValueError(f"preset={self.preset!r} is not known: use one of {sorted(PRESETS)}, or None.")
         preset = PRESETS[self.preset] if self.preset else {}
         task_weight_given = self.task_weight is not None or "task_weight" in preset
+        hidden_weight_given = self.hidden_weight is not None or "hidden_weight" in preset
         for spec in dataclasses.fields(self):
             if "default" in spec.metadata and getattr(self, spec.name) is None:
                 setattr(self, spec.name, preset.get(spec.name, spec.metadata["default"]))
+        # A map of layers asks for what it pairs.
+        self.hidden_is_given = hidden_weight_given or (self.layer_map is not None and not self.attention_weight)
+        self.hidden_gave_way = False
+        if not self.hidden_is_given and not self.kd_weight:
+            self.hidden_weight = 0.0
         self.validate()
         # Alone, half a task loss would only halve the learning rate of SGD and the clipping threshold of everything.
         if not task_weight_given and not self.needs_teacher:
@@ -205,7 +215,9 @@ class SparseDistillConfig(TrainingArguments):
         """
         plain = {spec.name for spec in dataclasses.fields(TrainingArguments)}
         own = [spec.name for spec in dataclasses.fields(SparseDistillConfig) if spec.name not in plain | _NO_FACTS]
-        return {name: getattr(self, name) for name in [*own, "seed"]}
+        facts = {name: getattr(self, name) for name in [*own, "seed"]}
+        # Found out from the models, and in a resumed run not before its first step.
+        return {**facts, "hidden_weight": HIDDEN_WEIGHT} if self.hidden_gave_way else facts
 
     @classmethod
     def from_training_arguments(cls, args: TrainingArguments) -> Self:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_sparse.training.config import SparseDistillConfig
 from hf_sparse.training.distillation.distill import attention_loss, hidden_loss
+from hf_sparse.training.distillation.giving_way import settle_by_outputs
 from hf_sparse.training.distillation.layerwise import compared_layers
 from hf_sparse.training.distillation.predictions import prediction_loss, prediction_unit
 from hf_sparse.training.distillation.projections import HiddenProjections
@@ -32,7 +33,8 @@ def distillation_terms(
         student, teacher: model outputs.
         inputs: what both were called with.
         model_config: the student's own config.
-        config: weights and temperature.
+        config: weights and temperature; `hidden_weight`, where it is not given, is set to 0 if a model returns no
+            hidden states.
         shifted: whether position i predicts label i + 1.
         projections: make the student's hidden states as wide as the teacher's; None where they are.
 
@@ -43,6 +45,7 @@ def distillation_terms(
         ValueError: if a model does not return what a loss needs.
     """
     terms = {}
+    settle_by_outputs(config, student, teacher)
     if config.kd_weight:
         temperature, pooling = config.kd_temperature, config.embedding_pooling
         loss = prediction_loss(student, teacher, inputs, model_config, temperature, shifted, pooling)

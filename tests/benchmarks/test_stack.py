@@ -24,7 +24,7 @@ MAGNITUDE = {"importance": "magnitude"}
 CELLS: dict[str, dict[str, Any]] = {
     "dense": {"sparsity": 0.0, "kd_weight": 0.0, "learning_rate": 1e-3},
     "agp": {"kd_weight": 0.0, "sparsity": 0.5},
-    "activation": {"hidden_weight": 1.0, "importance": "activation"},
+    "activation": {"hidden_weight": 1.0, "hidden_form": "mse", "importance": "activation"},
     "tiles": {"block_height": 8, "block_width": 4, "seed": 2},
     "fisher": {"importance": "fisher", "sparsity_scope": "global", "hidden_weight": 1.0},
     "single weights": {"block_height": 1, "block_width": 1, "importance": "activation", "kd_temperature": 4.0},

@@ -24,7 +24,8 @@ DEFAULTS = {
     "sparsity_start": 0.0, "sparsity_end": 0.6, "mask_updates": 100, "importance": "fisher", "penalty_form": "loss",
     "penalty_reweights": 4, "penalty_epsilon": 1e-3, "task_weight": 0.5, "kd_weight": 0.5, "kd_temperature": 2.0,
     "embedding_pooling": "mean", "layer_map": None,
-    "hidden_weight": 0.0, "attention_weight": 0.0, "graft_start": 1.0, "graft_hold": 0.0, "graft_end": 0.8,
+    "hidden_weight": 1.0, "hidden_form": "relative", "attention_weight": 0.0,
+    "graft_start": 1.0, "graft_hold": 0.0, "graft_end": 0.8,
     "lr_restart": 0.0, "reset_optimizer": False, "train_only_layers": False, "preset": None,
     "save_format": "compressed",
 }  # fmt: skip
@@ -37,7 +38,7 @@ OTHERS = {
     "importance": "magnitude", "penalty_weight": 0.25,
     "penalty_form": "proximal", "penalty_reweights": 2, "penalty_epsilon": 0.01, "task_weight": 0.75,
     "kd_weight": 0.25, "kd_temperature": 4.0, "embedding_pooling": "cls", "layer_map": "uniform",
-    "hidden_weight": 1.5, "attention_weight": 2.5, "graft_start": 0.5,
+    "hidden_weight": 1.5, "hidden_form": "mse", "attention_weight": 2.5, "graft_start": 0.5,
     "graft_hold": 0.25, "graft_end": 0.75, "lr_restart": 0.6, "reset_optimizer": True, "train_only_layers": True,
     "preset": "spd", "save_format": "dense",
 }  # fmt: skip
@@ -228,7 +229,10 @@ def test_wrong_values_are_refused_by_name(field: str, value: Any, message: str) 
     [
         ({"sparsity_start": 0.7}, r"sparsity_start=0\.7 lies after sparsity_end=0\.6"),
         ({"graft_hold": 0.9}, r"graft_hold=0\.9 lies after graft_end=0\.8"),
-        ({"layer_map": "uniform"}, r"layer_map='uniform' has no effect with hidden_weight=0 and attention_weight=0"),
+        (
+            {"layer_map": "uniform", "hidden_weight": 0},
+            r"layer_map='uniform' has no effect with hidden_weight=0 and attention_weight=0",
+        ),
         ({"sparsity_end": 0.0, "penalty_weight": 0.1}, r"sparsity_end=0\.0 leaves no step for penalty_weight"),
         (
             {"task_weight": 0.0, "kd_weight": 0.0},
@@ -288,6 +292,18 @@ def test_without_a_teacher_the_task_loss_has_its_full_weight_unless_given() -> N
     assert config(kd_weight=0.0, task_weight=0.5).task_weight == 0.5
     assert config().task_weight == 0.5
     assert config(kd_weight=0.0, graft_start=0.5).task_weight == 0.5
+
+
+def test_hidden_states_go_with_the_logits_unless_given() -> None:
+    assert config().hidden_weight == 1.0
+    assert config(kd_weight=0.0).hidden_weight == 0.0
+    assert config(kd_weight=0.0, hidden_weight=1.0).hidden_weight == 1.0
+    assert config(preset="block_structured", kd_weight=0.5).hidden_weight == 0.0
+    found = [config(), config(hidden_weight=1.0), config(layer_map="uniform"), config(preset="spd")]
+    assert [x.hidden_is_given for x in found] == [False, True, True, True]
+    assert config(layer_map="uniform", kd_weight=0.0).hidden_weight == 1.0
+    attention = config(layer_map="uniform", kd_weight=0.0, attention_weight=1.0)
+    assert (attention.hidden_weight, attention.hidden_is_given) == (0.0, False)
 
 
 @pytest.mark.parametrize(

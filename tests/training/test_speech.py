@@ -58,7 +58,7 @@ def test_losses_are_means_over_the_frames_of_each_recording(tmp_path: Path) -> N
         p, q = ((m.logits[i, :count] / 2.0).softmax(-1) for m in (theirs, mine))
         kd.append(4.0 * (p * (p.log() - q.log())).sum(-1).mean().item())
         for s, t in zip(mine.hidden_states, theirs.hidden_states, strict=True):
-            hidden[i] += (s[i, :count] - t[i, :count]).square().mean().item()
+            hidden[i] += ((s[i, :count] - t[i, :count]).square().sum() / t[i, :count].square().sum()).item()
     trainer = make_trainer(
         student, tmp_path, data, teacher, extra={"data_collator": family_batch}, sparsity=0.0, hidden_weight=1.0,
         max_steps=1, logging_strategy="steps", logging_steps=1,

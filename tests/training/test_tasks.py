@@ -43,13 +43,14 @@ def relative(student: torch.Tensor, teacher: torch.Tensor) -> float:
     return ((student - teacher).square().sum(-1) / teacher.square().sum(-1)).mean().item()
 
 
-def squared(student: Any, teacher: Any, real: Any = None) -> float:
-    """Squared distance of hidden states, a mean over the real tokens of each sample, summed over layers."""
+def apart(student: Any, teacher: Any, real: Any = None) -> float:
+    """Squared distance over the squared size of the teacher's, a mean over samples, summed over layers."""
     total = 0.0
     for mine, theirs in zip(student, teacher, strict=True):
-        errors = (mine - theirs).square().mean(-1)
-        for i, error in enumerate(errors):
-            total += (error if real is None else error[real[i].bool()]).mean().item() / len(errors)
+        for i in range(len(mine)):
+            kept = slice(None) if real is None else real[i].bool()
+            error = (mine[i][kept] - theirs[i][kept]).square().sum() / theirs[i][kept].square().sum()
+            total += error.item() / len(mine)
     return total
 
 
@@ -67,7 +68,7 @@ def test_image_classification(tmp_path: Path) -> None:
     student, teacher, data, mine, theirs = both("vit")
     found = logged_step(tmp_path, student, teacher, data)
     assert found["loss_kd"] == pytest.approx(divergence(mine.logits, theirs.logits).mean().item(), rel=1e-4)
-    assert found["loss_hidden"] == pytest.approx(squared(mine.hidden_states, theirs.hidden_states), rel=1e-4)
+    assert found["loss_hidden"] == pytest.approx(apart(mine.hidden_states, theirs.hidden_states), rel=1e-4)
     labels = torch.tensor([row["labels"] for row in data])
     assert found["loss_task"] == pytest.approx(torch.nn.functional.cross_entropy(mine.logits, labels).item(), rel=1e-4)
     parts = 0.5 * found["loss_task"] + 0.5 * found["loss_kd"] + 0.5 * found["loss_hidden"]
@@ -80,8 +81,8 @@ def test_image_and_text(tmp_path: Path) -> None:
     expected = [relative(mine[name], theirs[name]) for name in ("image_embeds", "text_embeds")]
     assert found["loss_kd"] == pytest.approx(sum(expected) / 2, rel=1e-4)
     mask = family_batch(data)["attention_mask"]
-    text = squared(mine.text_model_output.hidden_states, theirs.text_model_output.hidden_states, mask)
-    image = squared(mine.vision_model_output.hidden_states, theirs.vision_model_output.hidden_states)
+    text = apart(mine.text_model_output.hidden_states, theirs.text_model_output.hidden_states, mask)
+    image = apart(mine.vision_model_output.hidden_states, theirs.vision_model_output.hidden_states)
     assert found["loss_hidden"] == pytest.approx(text + image, rel=1e-4)
     assert found["loss_task"] == pytest.approx(mine.loss.item(), rel=1e-4)
 
@@ -92,8 +93,8 @@ def test_speech_to_text(tmp_path: Path) -> None:
     counts = family_batch(data)["labels"] != -100
     kd = divergence(mine.logits, theirs.logits)
     assert found["loss_kd"] == pytest.approx(kd[counts].mean().item(), rel=1e-4)
-    encoder = squared(mine.encoder_hidden_states, theirs.encoder_hidden_states)
-    decoder = squared(mine.decoder_hidden_states, theirs.decoder_hidden_states, counts)
+    encoder = apart(mine.encoder_hidden_states, theirs.encoder_hidden_states)
+    decoder = apart(mine.decoder_hidden_states, theirs.decoder_hidden_states, counts)
     assert found["loss_hidden"] == pytest.approx(encoder + decoder, rel=1e-4)
     assert found["loss_task"] == pytest.approx(mine.loss.item(), rel=1e-4)
 
@@ -114,7 +115,7 @@ def test_sentence_embeddings_are_the_target(tmp_path: Path, pooling: str) -> Non
         picked.append(torch.stack([{"mean": x.mean(0), "cls": x[0], "last": x[-1]}[pooling] for x in real]))
     found = logged_step(tmp_path, student, teacher, data, task_weight=0.0, embedding_pooling=pooling)
     assert found["loss_kd"] == pytest.approx(relative(*picked), rel=1e-4)
-    hidden = squared(mine.hidden_states, theirs.hidden_states, batch["attention_mask"])
+    hidden = apart(mine.hidden_states, theirs.hidden_states, batch["attention_mask"])
     assert found["loss_hidden"] == pytest.approx(hidden, rel=1e-4)
     assert found["loss"] == pytest.approx(0.5 * found["loss_kd"] + 0.5 * hidden, rel=1e-4)
 

@@ -273,6 +273,25 @@ def test_torch_compile_with_grafting(tmp_path: Path) -> None:
     torch._dynamo.reset()
 
 
+def test_a_compiler_sees_one_graph_beside_hidden_states(tmp_path: Path) -> None:
+    def run(**given: Any) -> Any:
+        trainer = make_trainer(bert(0, num_hidden_layers=1), tmp_path, rows("classes", 16), sparsity=0.5, max_steps=2,
+                               optim="sgd", extra={"data_collator": pad_to_10}, **given)  # fmt: skip
+        trainer.train()
+        assert trainer.args.hidden_weight == 1.0
+        return trainer
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    plain, compiled = run(), run(torch_compile=True, torch_compile_backend="aot_eager")
+    # Hooks that record what layers return are installed before it looks.
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+    for name, weight in weights_of(plain.model).items():
+        torch.testing.assert_close(compiled.model.get_parameter(name).detach(), weight, rtol=1e-4, atol=1e-6)
+    torch._dynamo.reset()
+
+
 def test_a_user_may_call_compute_loss_before_training(tmp_path: Path) -> None:
     trainer = make_trainer(bert(), tmp_path, rows("classes", 8), bert(5), sparsity=0.5, **ALL_LOSSES)
     loss, outputs = trainer.compute_loss(trainer.model.train(), pad(rows("classes", 8)), return_outputs=True)

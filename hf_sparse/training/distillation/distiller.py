@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from hf_sparse.training.config import SparseDistillConfig
+from hf_sparse.training.distillation.giving_way import settle_hidden_weight
 from hf_sparse.training.distillation.graft import GraftSite, graft_at, graft_sites
 from hf_sparse.training.distillation.projections import HiddenProjections, needed_projections
 from hf_sparse.training.distillation.teacher import (
@@ -61,6 +62,8 @@ class Distiller:
             return_attention_maps(student)
         if given is not None and config.needs_teacher:
             self.teacher = load_teacher(given, student)
+        settle_hidden_weight(config, student, student if self.teacher is None else self.teacher)
+        if self.teacher is not None:
             if config.graft_start < 1.0:
                 use_attention_of(student, self.teacher)
             check_teacher(student, self.teacher, config)
@@ -156,10 +159,12 @@ class Distiller:
 
     def _install_recording_hooks(self, student: nn.Module, asked: Mapping[str, Any]) -> None:
         # transformers hooks a model's layers at the first forward that asks for hidden states or attention maps. If
-        # teacher layers stood in for some then, they would be hooked twice and the student's own never: so the first
-        # such forward is an ungrafted one, in eval mode, where it draws no random numbers.
+        # teacher layers stood in for some then, they would be hooked twice and the student's own never; and a compiler
+        # cannot look through the hooking. So the first such forward is an ungrafted one without compiler, in eval mode,
+        # where it draws no random numbers.
         recorded = self.config.hidden_weight or self.config.attention_weight
-        if recorded and self.config.graft_start < 1.0 and self._hooked is not student:
+        needed = self.config.graft_start < 1.0 or self.config.torch_compile
+        if recorded and needed and self._hooked is not student:
             self._hooked = student
             student.eval()
             with uncompiled(student):

@@ -74,6 +74,11 @@ def compared_layers(
     return found
 
 
+def returns_layers(outputs: Any, kind: str) -> bool:
+    """Tell whether a model's outputs hold "hidden_states" or "attentions", of any of its sides."""
+    return any(mine and all(x is not None for x in mine) for _, mine, _, _ in _sides(outputs, outputs, {}, kind))
+
+
 def resolve_layer_map(layers: Layers, student: int, teacher: int, side: str = "") -> LayerMap:
     """Give the teacher layer of each student layer.
 

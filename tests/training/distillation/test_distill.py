@@ -131,6 +131,30 @@ def test_hidden_states_count_every_sample_once_and_padding_never() -> None:
     assert hidden_loss(student, teacher).item() > 1000
 
 
+def test_relative_hidden_states_do_not_depend_on_their_size_nor_on_padding() -> None:
+    student, teacher = ([torch.randn(2, 3, 4) for _ in range(2)] for _ in range(2))
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    expected = 0.0
+    for s, t in zip(student, teacher, strict=True):
+        real = [(s[b, : mask[b].sum()].tolist(), t[b, : mask[b].sum()].tolist()) for b in range(2)]
+        shares = []
+        for mine, theirs in real:
+            pairs = [(x, y) for a, b in zip(mine, theirs, strict=True) for x, y in zip(a, b, strict=True)]
+            shares.append(sum((x - y) ** 2 for x, y in pairs) / sum(y**2 for _, y in pairs))
+        expected += mean(shares)
+    found = hidden_loss(student, teacher, mask, form="relative")
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+    larger = [[1e3 * states for states in side] for side in (student, teacher)]
+    assert hidden_loss(*larger, mask, form="relative").item() == pytest.approx(expected, rel=1e-5)
+    student[0][1, 2] += 1000.0
+    assert hidden_loss(student, teacher, mask, form="relative").item() == pytest.approx(expected, rel=1e-5)
+    # Nothing to be relative to: large, and no division by zero.
+    nothing = [torch.zeros_like(states) for states in teacher]
+    assert hidden_loss(nothing, nothing, mask, form="relative").item() == 0.0
+    with pytest.raises(ValueError, match=r"form='cosine' is not known: use one of \['relative', 'mse'\]"):
+        hidden_loss(student, teacher, form="cosine")
+
+
 def test_attention_maps_count_pairs_of_real_tokens() -> None:
     student, teacher = [torch.rand(2, 2, 3, 3)], [torch.rand(2, 2, 3, 3)]
     mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
@@ -200,7 +224,7 @@ def test_each_task_is_distilled_in_its_own_way_and_logged(tmp_path: Path, task: 
         task_loss = student(**(pad_to_10 if task == "qa" else pad)(rows(task, 8))).loss.item()
     trainer = make_trainer(
         student, tmp_path, rows(task, 8), teacher, sparsity=0.0, task_weight=0.5, kd_weight=2.0, kd_temperature=T,
-        max_steps=1, logging_strategy="steps", logging_steps=1,
+        hidden_weight=0.0, max_steps=1, logging_strategy="steps", logging_steps=1,
         extra={"data_collator": pad_to_10 if task == "qa" else pad},
     )  # fmt: skip
     trainer.train()
@@ -255,7 +279,7 @@ def test_hidden_states_of_grafted_layers_are_those_that_ran(tmp_path: Path, seed
     with torch.no_grad():
         mine = layer_by_layer(student.eval(), inputs, mixed)
         theirs = layer_by_layer(teacher.eval(), inputs, list(teacher.bert.encoder.layer))
-    expected = hidden_loss(mine, theirs, inputs["attention_mask"]).item()
+    expected = hidden_loss(mine, theirs, inputs["attention_mask"], form="relative").item()
     trainer = make_trainer(
         student, tmp_path, data, teacher, sparsity=0.0, hidden_weight=1.0, graft_start=0.5, graft_end=1.0, seed=seed,
         max_steps=1, logging_strategy="steps", logging_steps=1,

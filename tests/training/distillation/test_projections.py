@@ -20,7 +20,8 @@ from tests.training.families import family_model
 from tests.training.tiny import assert_same, bert, llama, make_trainer, pad, rows, stirred, t5, weights_of
 
 WIDE = {"hidden_size": 24, "num_hidden_layers": 4}
-RUN = {"sparsity": 0.5, "kd_weight": 0.5, "hidden_weight": 0.7, "layer_map": "uniform", "max_steps": 4,
+RUN = {"sparsity": 0.5, "kd_weight": 0.5, "hidden_weight": 0.7, "hidden_form": "mse",
+       "layer_map": "uniform", "max_steps": 4,
        "save_strategy": "steps", "save_steps": 2, "logging_strategy": "steps", "logging_steps": 1}  # fmt: skip
 
 
