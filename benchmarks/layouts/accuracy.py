@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,9 +15,10 @@ KIN = ("default", "recipe", "fisher")  # how names begin of methods that choose 
 NO_KIN = ("by magnitude", "by activation")  # how names end of those that do not, for all that
 RECIPE, CONTROL, SLOWER, SHAPE = "recipe", "agp+kd", "agp+kd, half the learning rate", (8, 1)
 FASTER = "recipe, 8e-4"  # among the trainer's cells, whose rate is 4e-4
-LONGER = ("default, four passes", "default, twelve passes")  # than others of their task: not compared with them
-# The default by the trainer, for as long as in the grid of stacks; its other cells of QNLI have one pass.
-LONG = {"qnli": LONGER[0], "mnli": DEFAULT, "mrpc": DEFAULT, "sst2": DEFAULT}
+PLAIN = "default, no hidden states"
+LONGER = "passes"  # how names end of cells that took longer than others of their task: not compared with them
+# Follows a name where the trainer took as long as the grid of stacks; its other cells of QNLI have one pass.
+LONG = {"qnli": ", four passes", "mnli": "", "mrpc": "", "sst2": ""}
 # What the short names of the exploration stand for; the rest of a name is a change to the base.
 _PAIRS = "re-paired sentences"
 _ALONE = "KD alone (T = 4), hidden states x 10"
@@ -62,7 +64,7 @@ def is_kin(method: str) -> bool:
 
 def methods_of(results: Results, **wanted: Any) -> list[str]:
     """Give the methods of the finished cells with these values that were trained for as long as each other."""
-    return [m for m in dict.fromkeys(cell["method"] for cell in select(results, **wanted)) if m not in LONGER]
+    return [m for m in dict.fromkeys(cell["method"] for cell in select(results, **wanted)) if not m.endswith(LONGER)]
 
 
 def mean_share(results: Results, tasks: Sequence[str], **wanted: Any) -> float | None:
@@ -119,16 +121,19 @@ def sparsity_table(results: Results, tasks: Sequence[str] = TASKS, methods: Sequ
     return compare(results, rows, tasks, "method, sparsity (8 x 1)")
 
 
-def default_table(trained: Results, sparsities: Sequence[float] = (0.8, 0.9)) -> str:
-    """Lay out the default on every task that it was trained on for as long as the grid's cells."""
+def default_table(
+    trained: Results, methods: Sequence[str] = (DEFAULT, PLAIN), sparsities: Sequence[float] = (0.8, 0.9)
+) -> str:
+    """Lay out the default, and what it was, on every task that it was trained on for as long as the grid's cells."""
     tasks = [task for task in LONG if select(trained, task=task, method="dense")]
-    lines = [f"| default (8 x 1) | {' | '.join(task.upper() for task in tasks)} | kept, mean |"]
+    lines = [f"| trainer, 8 x 1 | {' | '.join(task.upper() for task in tasks)} | kept, mean |"]
     lines.append(f"|---|{'--:|' * len(tasks)}--:|")
-    for sparsity in sparsities:
-        columns = [select(trained, task=t, method=LONG[t], block=SHAPE, sparsity=sparsity) for t in tasks]
+    for sparsity, method in itertools.product(sparsities, methods):
+        columns = [select(trained, task=t, method=method + LONG[t], block=SHAPE, sparsity=sparsity) for t in tasks]
         texts = [score_of(cells, trained) if cells else "" for cells in columns]
         kept = f"{mean(mean(share(c, trained) for c in cells) for cells in columns):.0%}" if all(columns) else ""
-        lines.append(f"| {sparsity:.0%} | {' | '.join(texts)} | {kept} |")
+        if any(columns):
+            lines.append(f"| {method}, {sparsity:.0%} | {' | '.join(texts)} | {kept} |")
     return "\n".join([*lines, *_ends(trained, tasks)])
 
 

@@ -54,8 +54,8 @@ def goals_table(results: Results, trained: Results) -> str:
         add(f"{sparsity:.0%}, 8 x 1: recipe keeps at least {goal:.0%} of dense - floor", text,
             kept[1] >= goal if kept else None)  # fmt: skip
         mine = {
-            task: mean_share(trained, [task], block=SHAPE, sparsity=sparsity, method=method)
-            for task, method in LONG.items()
+            task: mean_share(trained, [task], block=SHAPE, sparsity=sparsity, method=DEFAULT + long)
+            for task, long in LONG.items()
         }
         own = {task: value for task, value in mine.items() if value is not None}
         text = f"{mean(own.values()):.0%}, mean of {', '.join(task.upper() for task in own)}" if own else ""

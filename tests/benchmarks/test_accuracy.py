@@ -285,9 +285,11 @@ def test_what_was_trained_for_longer_is_not_compared_but_has_a_table_of_its_own(
     assert "variant of the default ahead of it by two standard errors (QNLI) | -1.0" in (
         accuracy_goals.goals_table(results_of(), trained)
     )
+    trained["cells"].append({**cell, "method": "default, no hidden states", "last": 0.87, "task": "sst2"})
     lines = accuracy_tables.default_table(trained).splitlines()
-    assert lines[0] == "| default (8 x 1) | QNLI | SST2 | kept, mean |"
-    assert lines[2] == "| 80% |  |  |  |" and lines[3] == "| 90% | 89.0 (95%) | 85.0 ± 0.0 (75%) | 85% |"
+    assert lines[0] == "| trainer, 8 x 1 | QNLI | SST2 | kept, mean |"
+    assert lines[2] == "| default, 90% | 89.0 (95%) | 85.0 ± 0.0 (75%) | 85% |"
+    assert lines[3] == "| default, no hidden states, 90% |  | 87.0 (85%) |  |"
 
 
 def test_goals_say_what_was_reached_and_what_was_not_run() -> None:
