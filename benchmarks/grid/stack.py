@@ -193,8 +193,8 @@ class Stack:
         self.total = -(-self.own_rows // self.size) * self.epochs
         self.step = 0
         self.weights = {
-            kind: torch.tensor([getattr(config, f"{kind}_weight") for config in configs], device=device)
-            for kind in ("task", "kd", "hidden")
+            kind: torch.tensor([getattr(config, field) for config in configs], device=device)
+            for kind, field in (("task", "task_weight"), ("kd", "kd_weight"), ("hidden", "wanted_hidden_weight"))
         }
         self.temperature = torch.tensor([config.kd_temperature for config in configs], device=device)
         self.relative = torch.tensor([config.hidden_form == "relative" for config in configs], device=device)
@@ -299,7 +299,7 @@ class Stack:
         heat = self.temperature[:, None, None]
         mine, theirs = F.log_softmax(logits / heat, -1), F.log_softmax(taught[0][self.stream_of] / heat, -1)
         terms["kd"] = (theirs.exp() * (theirs - mine)).sum(-1).mean(1) * self.temperature**2
-        if any(config.hidden_weight for config in self.configs):
+        if any(config.wanted_hidden_weight for config in self.configs):
             share = mask / mask.sum(-1, keepdim=True)
             total = torch.zeros_like(terms["task"])
             for mine, theirs in zip(states[1:], taught[1][1:], strict=True):

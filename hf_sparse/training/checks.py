@@ -25,7 +25,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 LAYER_SHARE = 0.1  # the default of layer_share
-HIDDEN_WEIGHT = 1.0  # of hidden_weight
+HIDDEN_WEIGHT = 1.0  # what hidden_weight=None stands for
 
 
 def check_settings(config: SparseDistillConfig) -> None:
@@ -49,7 +49,8 @@ def check_settings(config: SparseDistillConfig) -> None:
     for name in ("layer_share", "sparsity_start", "sparsity_end", "graft_start", "graft_hold", "graft_end"):
         _check_number(config, name, 0.0, 1.0)
     for name in ("penalty_weight", "task_weight", "kd_weight", "hidden_weight", "attention_weight"):
-        _check_number(config, name, 0.0, math.inf, high_open=True)
+        if (name, getattr(config, name)) != ("hidden_weight", None):
+            _check_number(config, name, 0.0, math.inf, high_open=True)
     for name in ("penalty_epsilon", "kd_temperature"):
         _check_number(config, name, 0.0, math.inf, low_open=True, high_open=True)
     for name, low in (("mask_updates", 1), ("penalty_reweights", 0)):
@@ -71,15 +72,14 @@ def check_settings(config: SparseDistillConfig) -> None:
         raise ValueError(
             "sparsity_end=0.0 leaves no step for penalty_weight to act: raise it, or set penalty_weight=0."
         )
-    weights = (config.task_weight, config.kd_weight, config.hidden_weight, config.attention_weight)
-    if not any(weights):
+    if not any((config.task_weight, config.kd_weight, config.wanted_hidden_weight, config.attention_weight)):
         raise ValueError(
             "task_weight, kd_weight, hidden_weight and attention_weight are all 0: nothing to learn from."
         )
     for name in ("target_modules", "exclude_modules"):
         if getattr(config, name) is not None:
             compile_pattern(name, getattr(config, name))
-    if config.teacher_layers is not None and not (config.hidden_weight or config.attention_weight):
+    if config.teacher_layers is not None and not (config.wanted_hidden_weight or config.attention_weight):
         raise ValueError(
             f"layer_map={config.layer_map!r} has no effect with hidden_weight=0 and attention_weight=0: "
             f"set one of them, or leave it out."

@@ -107,10 +107,10 @@ class SparseDistillConfig(TrainingArguments):
         'How kd_weight makes an embedding of hidden states, for models without logits: "mean" of the real tokens, '
         '"cls" (the first) or "last" (the last real one).',
     )
-    hidden_weight: float = _field(
-        HIDDEN_WEIGHT,
-        "Weight of the error between hidden states, summed over layers; 0, unless given, without kd_weight and where "
-        "hidden states cannot be compared (a teacher of another depth or width, a model that returns none).",
+    hidden_weight: float | None = _field(
+        None,
+        f"Weight of the error between hidden states, summed over layers. None = {HIDDEN_WEIGHT} for models of text "
+        f"with kd_weight above 0 and a teacher of their own class, depth and width; else 0.",
     )
     hidden_form: str = _field(
         "relative",
@@ -155,15 +155,9 @@ class SparseDistillConfig(TrainingArguments):
             raise ValueError(f"preset={self.preset!r} is not known: use one of {sorted(PRESETS)}, or None.")
         preset = PRESETS[self.preset] if self.preset else {}
         task_weight_given = self.task_weight is not None or "task_weight" in preset
-        hidden_weight_given = self.hidden_weight is not None or "hidden_weight" in preset
         for spec in dataclasses.fields(self):
             if "default" in spec.metadata and getattr(self, spec.name) is None:
                 setattr(self, spec.name, preset.get(spec.name, spec.metadata["default"]))
-        # A map of layers asks for what it pairs.
-        self.hidden_is_given = hidden_weight_given or (self.layer_map is not None and not self.attention_weight)
-        self.hidden_gave_way = False
-        if not self.hidden_is_given and not self.kd_weight:
-            self.hidden_weight = 0.0
         self.validate()
         # Alone, half a task loss would only halve the learning rate of SGD and the clipping threshold of everything.
         if not task_weight_given and not self.needs_teacher:
@@ -203,9 +197,21 @@ class SparseDistillConfig(TrainingArguments):
         return parse_layer_map(self.layer_map)
 
     @property
+    def hidden_is_asked(self) -> bool:
+        """Whether hidden states are compared or refused: by a number, or a map of layers that pairs nothing else."""
+        return self.hidden_weight is not None or (self.layer_map is not None and not self.attention_weight)
+
+    @property
+    def wanted_hidden_weight(self) -> float:
+        """`hidden_weight` with None resolved as far as settings alone tell; the models decide about the rest."""
+        if self.hidden_weight is not None:
+            return self.hidden_weight
+        return HIDDEN_WEIGHT if self.hidden_is_asked or self.kd_weight else 0.0
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether any setting uses a teacher; without one none is held in memory."""
-        return bool(self.kd_weight or self.hidden_weight or self.attention_weight or self.graft_start < 1.0)
+        return bool(self.kd_weight or self.wanted_hidden_weight or self.attention_weight or self.graft_start < 1.0)
 
     @property
     def agreed_facts(self) -> dict[str, Any]:
@@ -215,9 +221,7 @@ class SparseDistillConfig(TrainingArguments):
         """
         plain = {spec.name for spec in dataclasses.fields(TrainingArguments)}
         own = [spec.name for spec in dataclasses.fields(SparseDistillConfig) if spec.name not in plain | _NO_FACTS]
-        facts = {name: getattr(self, name) for name in [*own, "seed"]}
-        # Found out from the models, and in a resumed run not before its first step.
-        return {**facts, "hidden_weight": HIDDEN_WEIGHT} if self.hidden_gave_way else facts
+        return {name: getattr(self, name) for name in [*own, "seed"]}
 
     @classmethod
     def from_training_arguments(cls, args: TrainingArguments) -> Self:

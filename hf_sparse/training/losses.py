@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from hf_sparse.training.config import SparseDistillConfig
 from hf_sparse.training.distillation.distill import attention_loss, hidden_loss
-from hf_sparse.training.distillation.giving_way import settle_by_outputs
 from hf_sparse.training.distillation.layerwise import compared_layers
 from hf_sparse.training.distillation.predictions import prediction_loss, prediction_unit
 from hf_sparse.training.distillation.projections import HiddenProjections
@@ -25,6 +24,7 @@ def distillation_terms(
     model_config: Any,
     config: SparseDistillConfig,
     shifted: bool,
+    hidden_weight: float,
     projections: HiddenProjections | None = None,
 ) -> dict[str, tuple[Tensor, str]]:
     """Compute the distillation losses that a config asks for, unweighted.
@@ -33,9 +33,9 @@ def distillation_terms(
         student, teacher: model outputs.
         inputs: what both were called with.
         model_config: the student's own config.
-        config: weights and temperature; `hidden_weight`, where it is not given, is set to 0 if a model returns no
-            hidden states.
+        config: weights and temperature.
         shifted: whether position i predicts label i + 1.
+        hidden_weight: the run's, where the config leaves it open.
         projections: make the student's hidden states as wide as the teacher's; None where they are.
 
     Returns:
@@ -45,12 +45,11 @@ def distillation_terms(
         ValueError: if a model does not return what a loss needs.
     """
     terms = {}
-    settle_by_outputs(config, student, teacher)
     if config.kd_weight:
         temperature, pooling = config.kd_temperature, config.embedding_pooling
         loss = prediction_loss(student, teacher, inputs, model_config, temperature, shifted, pooling)
         terms["loss_kd"] = loss, prediction_unit(student, inputs)
-    if config.hidden_weight:
+    if hidden_weight:
         sides = compared_layers(student, teacher, inputs, "hidden_states", "hidden_weight", config.teacher_layers)
         maps = [None if projections is None else projections.get(x.name) for x in sides]
         form = config.hidden_form
@@ -65,7 +64,7 @@ def distillation_terms(
 
 def weighted_sum(
     terms: Mapping[str, tuple[Tensor, str]],
-    config: SparseDistillConfig,
+    weight_of: Callable[[str], float],
     shares: Mapping[str, Tensor | None],
     means: RunningMeans,
 ) -> Tensor:
@@ -73,13 +72,13 @@ def weighted_sum(
 
     Args:
         terms: {"loss_task" and the like: a scalar, and of what it is a mean (`share.UNITS`)}, at least one.
-        config: has a weight for each: "task_weight" for "loss_task".
+        weight_of: gives the weight of each: of "task" for "loss_task".
         shares: {unit: the micro-batch's share of the step}; None = 1.
         means: takes the unweighted terms.
     """
     weighted = []
     for name, (term, unit) in terms.items():
-        weight, share = getattr(config, f"{name.removeprefix('loss_')}_weight"), shares[unit]
+        weight, share = weight_of(name.removeprefix("loss_")), shares[unit]
         # A share of 1 is left out, so that one micro-batch gives the plain loss to the last bit. Where nothing counts
         # (labels of -100 alone) the mean is NaN, and adds nothing.
         if share is not None:

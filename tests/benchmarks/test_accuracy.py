@@ -76,7 +76,8 @@ def test_what_is_called_default_is_the_default() -> None:
     named = SparseDistillConfig(**grid["methods"]["default"], output_dir="out", use_cpu=True)
     plain = SparseDistillConfig(output_dir="out", use_cpu=True)
     assert named.budget_scope == plain.budget_scope
-    assert named.agreed_facts == plain.agreed_facts
+    assert named.hidden_weight == plain.wanted_hidden_weight
+    assert {**named.agreed_facts, "hidden_weight": None} == plain.agreed_facts
 
 
 def test_lists_are_multiplied_out_and_a_cell_stands_once() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ DEFAULTS = {
     "sparsity_start": 0.0, "sparsity_end": 0.6, "mask_updates": 100, "importance": "fisher", "penalty_form": "loss",
     "penalty_reweights": 4, "penalty_epsilon": 1e-3, "task_weight": 0.5, "kd_weight": 0.5, "kd_temperature": 2.0,
     "embedding_pooling": "mean", "layer_map": None,
-    "hidden_weight": 1.0, "hidden_form": "relative", "attention_weight": 0.0,
+    "hidden_weight": None, "hidden_form": "relative", "attention_weight": 0.0,
     "graft_start": 1.0, "graft_hold": 0.0, "graft_end": 0.8,
     "lr_restart": 0.0, "reset_optimizer": False, "train_only_layers": False, "preset": None,
     "save_format": "compressed",
@@ -267,7 +269,7 @@ def test_presets_fill_the_fields_that_are_not_given(preset: str) -> None:
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 @pytest.mark.parametrize(
-    "field", sorted(set(DEFAULTS) - {"preset", "block_overrides", "layer_map", "target_modules", "exclude_modules"})
+    "field", sorted(name for name in DEFAULTS if DEFAULTS[name] is not None)
 )
 def test_a_given_value_overrides_a_preset_even_when_it_is_the_default(preset: str, field: str) -> None:
     value = DEFAULTS[field]
@@ -294,16 +296,30 @@ def test_without_a_teacher_the_task_loss_has_its_full_weight_unless_given() -> N
     assert config(kd_weight=0.0, graft_start=0.5).task_weight == 0.5
 
 
-def test_hidden_states_go_with_the_logits_unless_given() -> None:
-    assert config().hidden_weight == 1.0
-    assert config(kd_weight=0.0).hidden_weight == 0.0
-    assert config(kd_weight=0.0, hidden_weight=1.0).hidden_weight == 1.0
-    assert config(preset="block_structured", kd_weight=0.5).hidden_weight == 0.0
-    found = [config(), config(hidden_weight=1.0), config(layer_map="uniform"), config(preset="spd")]
-    assert [x.hidden_is_given for x in found] == [False, True, True, True]
-    assert config(layer_map="uniform", kd_weight=0.0).hidden_weight == 1.0
-    attention = config(layer_map="uniform", kd_weight=0.0, attention_weight=1.0)
-    assert (attention.hidden_weight, attention.hidden_is_given) == (0.0, False)
+@pytest.mark.parametrize(
+    ("given", "weight", "asked"),
+    [
+        ({}, 1.0, False),
+        ({"kd_weight": 0.0}, 0.0, False),
+        ({"hidden_weight": 1.0}, 1.0, True),
+        ({"hidden_weight": 0.0}, 0.0, True),
+        ({"kd_weight": 0.0, "hidden_weight": 1.0}, 1.0, True),
+        ({"layer_map": "uniform"}, 1.0, True),
+        ({"layer_map": "uniform", "kd_weight": 0.0}, 1.0, True),
+        ({"layer_map": "uniform", "attention_weight": 1.0}, 1.0, False),
+        ({"layer_map": "uniform", "attention_weight": 1.0, "kd_weight": 0.0}, 0.0, False),
+        ({"preset": "spd"}, 1.0, True),
+        ({"preset": "block_structured", "kd_weight": 0.5}, 0.0, True),
+    ],
+)
+def test_hidden_states_go_with_the_logits_unless_given(given: dict[str, Any], weight: float, asked: bool) -> None:
+    found = config(**given)
+    again = dataclasses.replace(found)
+    for either in (found, again, pickle.loads(pickle.dumps(found)), copy.deepcopy(found)):
+        assert (either.wanted_hidden_weight, either.hidden_is_asked) == (weight, asked)
+    # Whatever changes it later, a search or a script, it follows.
+    found.hidden_weight, found.layer_map, found.kd_weight = None, None, 0.0
+    assert (found.wanted_hidden_weight, found.hidden_is_asked) == (0.0, False)
 
 
 @pytest.mark.parametrize(

@@ -278,7 +278,7 @@ def test_a_compiler_sees_one_graph_beside_hidden_states(tmp_path: Path) -> None:
         trainer = make_trainer(bert(0, num_hidden_layers=1), tmp_path, rows("classes", 16), sparsity=0.5, max_steps=2,
                                optim="sgd", extra={"data_collator": pad_to_10}, **given)  # fmt: skip
         trainer.train()
-        assert trainer.args.hidden_weight == 1.0
+        assert trainer.distiller.hidden_weight == 1.0
         return trainer
 
     torch._dynamo.reset()

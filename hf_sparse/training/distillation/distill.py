@@ -104,20 +104,21 @@ def hidden_loss(
     teacher: Sequence[Tensor],
     attention_mask: Tensor | None = None,
     projection: Callable[[Tensor], Tensor] | None = None,
-    form: str = "mse",
+    form: str = "relative",
 ) -> Tensor:
     """Compute how far the student's hidden states are from the teacher's, summed over layers.
 
-    "mse": mean squared error. "relative": ||student - teacher||^2 / ||teacher||^2 over all real tokens of a sample.
+    "relative": ||student - teacher||^2 / ||teacher||^2 over all real tokens of a sample; "mse": mean squared error.
     The size of hidden states differs between models by orders of magnitude, between those that normalise what a layer
-    hands on and those that add to it; dividing by it makes one weight fit all of them.
+    hands on and those that add to it; dividing by it takes that out of the weight. Where the teacher's states are
+    hardly there, less than a thousandth of the student's in squared size, it is that thousandth which divides.
 
     Args:
         student: one [B, T, D] per layer.
         teacher: as many, same shapes, treated as constant.
         attention_mask: [B, T], nonzero = real token; None = all real.
         projection: makes the student's states as wide as the teacher's; None where they are.
-        form: one of "mse", "relative".
+        form: one of "relative", "mse".
 
     Returns:
         A scalar, float32. Each sample counts the same, however many tokens it has.
@@ -129,8 +130,8 @@ def hidden_loss(
 
     Example:
         >>> states = [torch.full((1, 3, 4), 20.0)]
-        >>> hidden_loss([0.5 * states[0]], states), hidden_loss([0.5 * states[0]], states, form="relative")
-        (tensor(100.), tensor(0.2500))
+        >>> hidden_loss([0.5 * states[0]], states), hidden_loss([0.5 * states[0]], states, form="mse")
+        (tensor(0.2500), tensor(100.))
     """
     if form not in HIDDEN_FORMS:
         raise ValueError(f"form={form!r} is not known: use one of {list(HIDDEN_FORMS)}.")
@@ -143,8 +144,8 @@ def hidden_loss(
         theirs = theirs.detach().float()
         error = _per_sample((mine.float() - theirs).square().mean(-1), attention_mask)
         if form == "relative":
-            size = _per_sample(theirs.square().mean(-1), attention_mask)
-            error = error / size.clamp(min=torch.finfo(torch.float32).tiny)
+            size, own = (_per_sample(x.detach().square().mean(-1), attention_mask) for x in (theirs, mine.float()))
+            error = error / torch.maximum(size, 1e-3 * own).clamp(min=torch.finfo(torch.float32).tiny)
         losses.append(error.mean())
     return torch.stack(losses).sum()
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hf_sparse.training.config import SparseDistillConfig
-from hf_sparse.training.distillation.giving_way import settle_hidden_weight
+from hf_sparse.training.distillation.comparable import why_not_alike, why_not_compared
 from hf_sparse.training.distillation.graft import GraftSite, graft_at, graft_sites
 from hf_sparse.training.distillation.projections import HiddenProjections, needed_projections
 from hf_sparse.training.distillation.teacher import (
@@ -62,12 +62,17 @@ class Distiller:
             return_attention_maps(student)
         if given is not None and config.needs_teacher:
             self.teacher = load_teacher(given, student)
-        settle_hidden_weight(config, student, student if self.teacher is None else self.teacher)
+        self.hidden_weight = config.wanted_hidden_weight
+        self._hidden_is_open = bool(self.hidden_weight) and not config.hidden_is_asked
+        self._mapped = config.layer_map is not None
+        if self._hidden_is_open:
+            teaching = student if self.teacher is None else self.teacher
+            self._settle_hidden(why_not_compared(student, teaching, self._mapped))
         if self.teacher is not None:
             if config.graft_start < 1.0:
                 use_attention_of(student, self.teacher)
-            check_teacher(student, self.teacher, config)
-            if config.hidden_weight:
+            check_teacher(student, self.teacher, config, self.hidden_weight)
+            if self.hidden_weight:
                 self.projections = needed_projections(student, self.teacher, config.seed)
             if self.projections is not None and engine is not None and engine.is_sharded:
                 raise ValueError(
@@ -75,7 +80,7 @@ class Distiller:
                     "does not shard. Launch with DDP, use a teacher of the student's width, or set hidden_weight=0."
                 )
         elif config.needs_teacher:
-            check_depths(student, student, config)
+            check_depths(student, student, config, self.hidden_weight)
             if config.graft_start < 1.0:
                 graft_sites(student, student)
         if given is not None and not config.needs_teacher:
@@ -110,7 +115,7 @@ class Distiller:
     def asked_of_models(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Add to a batch what the losses need both models to return."""
         asked = dict(inputs)
-        if self.config.hidden_weight:
+        if self.hidden_weight:
             asked["output_hidden_states"] = True
         if self.config.attention_weight:
             asked["output_attentions"] = True
@@ -124,12 +129,31 @@ class Distiller:
         return when they are grafted.
         """
         config = self.config
-        if not (config.kd_weight or config.hidden_weight or config.attention_weight):
+        if not (config.kd_weight or self.hidden_weight or config.attention_weight):
             return None
         teacher = self.hire(student, device)
         outputs = teacher(**asked_of_teacher(teacher, asked))
         self._install_recording_hooks(student, asked)
         return outputs
+
+    def look_at_states(self, student: Any, teacher: Any, inputs: Mapping[str, Any]) -> None:
+        """Decide, at the first outputs, whether hidden states are compared where nobody has said so.
+
+        It depends on the kind of the outputs alone, so that all ranks and a resumed run decide alike.
+        """
+        if self._hidden_is_open:
+            self._hidden_is_open = False
+            self._settle_hidden(why_not_alike(student, teacher, inputs, self._mapped))
+
+    def _settle_hidden(self, reason: str | None) -> None:
+        if reason is not None:
+            self.hidden_weight, self._hidden_is_open = 0.0, False
+            if self.config.should_log:
+                logger.warning("hidden states are not compared, unless hidden_weight is given: %s.", reason)
+
+    def weight_of(self, name: str) -> float:
+        """Give the weight of a term: "task", "kd", "hidden" or "attention"."""
+        return self.hidden_weight if name == "hidden" else getattr(self.config, f"{name}_weight")
 
     @contextlib.contextmanager
     def grafted(self, student: nn.Module, plan: StepPlan, device: torch.device) -> Iterator[None]:
@@ -160,9 +184,9 @@ class Distiller:
     def _install_recording_hooks(self, student: nn.Module, asked: Mapping[str, Any]) -> None:
         # transformers hooks a model's layers at the first forward that asks for hidden states or attention maps. If
         # teacher layers stood in for some then, they would be hooked twice and the student's own never; and a compiler
-        # cannot look through the hooking. So the first such forward is an ungrafted one without compiler, in eval mode,
+        # cannot look through the hooking. So the first such forward is an ungrafted one, uncompiled, in eval mode,
         # where it draws no random numbers.
-        recorded = self.config.hidden_weight or self.config.attention_weight
+        recorded = self.hidden_weight or self.config.attention_weight
         needed = self.config.graft_start < 1.0 or self.config.torch_compile
         if recorded and needed and self._hooked is not student:
             self._hooked = student

@@ -58,7 +58,7 @@ def compared_layers(
         ValueError: if there is none, or the map does not fit.
     """
     found = []
-    for name, mine, theirs, mask in _sides(student, teacher, inputs, kind):
+    for name, mine, theirs, mask in sides_of(student, teacher, inputs, kind):
         if mine and theirs and all(x is not None for x in (*mine, *theirs)):
             if layers is not None:
                 # Hidden states begin with the output of the embeddings.
@@ -72,11 +72,6 @@ def compared_layers(
     if not found:
         raise ValueError(f"{field} needs {kind}, but student or teacher does not return them: set {field}=0.")
     return found
-
-
-def returns_layers(outputs: Any, kind: str) -> bool:
-    """Tell whether a model's outputs hold "hidden_states" or "attentions", of any of its sides."""
-    return any(mine and all(x is not None for x in mine) for _, mine, _, _ in _sides(outputs, outputs, {}, kind))
 
 
 def resolve_layer_map(layers: Layers, student: int, teacher: int, side: str = "") -> LayerMap:
@@ -210,7 +205,8 @@ def _mask_of_decoder(inputs: Mapping[str, Any]) -> Tensor | None:
     return None if of_its_own else inputs.get("attention_mask")
 
 
-def _sides(student: Any, teacher: Any, inputs: Mapping[str, Any], kind: str) -> list[tuple[str, Any, Any, Any]]:
+def sides_of(student: Any, teacher: Any, inputs: Mapping[str, Any], kind: str) -> list[tuple[str, Any, Any, Any]]:
+    """Give (name, the student's, the teacher's, mask) of every side that models may have; None for what they lack."""
     mask, decoder_mask = inputs.get("attention_mask"), inputs.get("decoder_attention_mask")
     if decoder_mask is None:
         decoder_mask = _mask_of_decoder(inputs)

@@ -103,12 +103,13 @@ def needed_projections(student: nn.Module, teacher: nn.Module, seed: int) -> Hid
     Returns:
         None where all sizes agree, or a config does not tell them (a difference is then refused when states meet).
     """
-    own, others = _hidden_sizes(student), _hidden_sizes(teacher)
+    own, others = hidden_sizes(student), hidden_sizes(teacher)
     widths = {side: (own[side], others[side]) for side in own if side in others and own[side] != others[side]}
     return HiddenProjections(widths, seed) if widths else None
 
 
-def _hidden_sizes(model: Any) -> dict[str, int]:
+def hidden_sizes(model: Any) -> dict[str, int]:
+    """Give the width of the states of each side, as far as a model's config tells."""
     config = getattr(model, "config", None)
     if config is None:
         return {}

@@ -96,8 +96,13 @@ def check_tokenizer(tokenizer: Any, teacher: nn.Module | str | os.PathLike[str] 
         )
 
 
-def check_teacher(student: nn.Module, teacher: nn.Module, config: SparseDistillConfig) -> None:
+def check_teacher(student: nn.Module, teacher: nn.Module, config: SparseDistillConfig, hidden_weight: float) -> None:
     """Refuse a teacher that does not fit the requested losses.
+
+    Args:
+        student, teacher: the models.
+        config: the run's settings.
+        hidden_weight: the run's, where the settings leave it open.
 
     Raises:
         ValueError: naming the setting, what the student and the teacher have, and the way out.
@@ -115,13 +120,13 @@ def check_teacher(student: nn.Module, teacher: nn.Module, config: SparseDistillC
                 f"teacher_model orders the labels as {labels[1]}, the model as {labels[0]}: reload one of them with "
                 f"the other's label2id and id2label."
             )
-    by_layers = config.hidden_weight or config.attention_weight or config.graft_start < 1.0
+    by_layers = hidden_weight or config.attention_weight or config.graft_start < 1.0
     if by_layers and compressed_tensors(teacher)[0]:
         raise ValueError(
             "teacher_model is compressed, and layers are compared or grafted with plain ones: load it with "
             "hf_sparse.load_dense, or set hidden_weight=0, attention_weight=0 and graft_start=1."
         )
-    check_depths(student, teacher, config)
+    check_depths(student, teacher, config, hidden_weight)
     if config.attention_weight:
         asked = f"attention_weight={config.attention_weight}"
         _same(mine, theirs, "num_attention_heads", asked, "as many attention heads", "set attention_weight=0")
@@ -135,17 +140,17 @@ def check_teacher(student: nn.Module, teacher: nn.Module, config: SparseDistillC
             )
 
 
-def check_depths(student: nn.Module, teacher: nn.Module, config: SparseDistillConfig) -> None:
+def check_depths(student: nn.Module, teacher: nn.Module, config: SparseDistillConfig, hidden_weight: float) -> None:
     """Refuse a teacher whose layers cannot be compared with the student's, as `layer_map` pairs them.
 
     Raises:
         ValueError: naming the setting, the layers of both, and the way out.
     """
     own, others, layers = depths(student), depths(teacher), config.teacher_layers
-    for field in ("hidden_weight", "attention_weight"):
-        if not getattr(config, field):
+    for field, weight in (("hidden_weight", hidden_weight), ("attention_weight", config.attention_weight)):
+        if not weight:
             continue
-        asked = f"{field}={getattr(config, field)} compares layer by layer, but the model has"
+        asked = f"{field}={weight} compares layer by layer, but the model has"
         if len(own) != len(others):
             raise ValueError(
                 f"{asked} {len(own)} stack(s) of layers and the teacher {len(others)}: use a teacher of the same "

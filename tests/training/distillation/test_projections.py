@@ -133,7 +133,7 @@ def test_layers_are_paired_as_the_map_says() -> None:
     for layers, pairs in (("uniform", [(0, 0), (1, 2), (2, 4)]), ([None, 0], [(0, 0), (2, 1)])):
         (side,) = compared_layers(student, teacher, {}, "hidden_states", "hidden_weight", layers)
         expected = sum((mine[a] - theirs[b]).square().mean(-1).mean().item() for a, b in pairs)
-        assert hidden_loss(side.student, side.teacher).item() == pytest.approx(expected, rel=1e-5)
+        assert hidden_loss(side.student, side.teacher, form="mse").item() == pytest.approx(expected, rel=1e-5)
     maps = SimpleNamespace(attentions=mine[:2]), SimpleNamespace(attentions=theirs[:4])
     (side,) = compared_layers(*maps, {}, "attentions", "attention_weight", "uniform")
     assert [x is y for x, y in zip(side.teacher, (theirs[1], theirs[3]), strict=True)] == [True, True]
