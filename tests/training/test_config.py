@@ -268,9 +268,7 @@ def test_presets_fill_the_fields_that_are_not_given(preset: str) -> None:
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
-@pytest.mark.parametrize(
-    "field", sorted(name for name in DEFAULTS if DEFAULTS[name] is not None)
-)
+@pytest.mark.parametrize("field", sorted(name for name in DEFAULTS if DEFAULTS[name] is not None))
 def test_a_given_value_overrides_a_preset_even_when_it_is_the_default(preset: str, field: str) -> None:
     value = DEFAULTS[field]
     assert getattr(config(preset=preset, **{field: value, **_companions(preset, field)}), field) == value

@@ -263,6 +263,20 @@ def test_a_share_that_is_not_known_is_not_taken_for_the_default(straight: Any, t
         load_state(folder, trainer_in(tmp_path / "out").pruner.masks, {})
 
 
+def test_a_checkpoint_from_before_there_was_a_choice_was_the_mean_squared_error(straight: Any, tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    folder = copy_of(straight[0] / "checkpoint-4", tmp_path)
+    with safe_open(folder / STATE_FILE, framework="pt") as handle:
+        state = json.loads(handle.metadata()["hf_sparse_state"])
+    assert state["facts"].pop("hidden_form") == "relative"
+    save_file(load_file(folder / STATE_FILE), folder / STATE_FILE, metadata={"hf_sparse_state": json.dumps(state)})
+    masks = trainer_in(tmp_path / "out").pruner.masks
+    with pytest.raises(ValueError, match=r"hidden_form was 'mse', in this run it is 'relative'"):
+        load_state(folder, masks, {"hidden_form": "relative"})
+    load_state(folder, masks, {"hidden_form": "mse"})
+
+
 @pytest.mark.parametrize("missing", ["block_shapes", "scope", "facts"])
 def test_a_state_with_a_part_missing_is_refused(straight: Any, tmp_path: Path, missing: str) -> None:
     from safetensors import safe_open
