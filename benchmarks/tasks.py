@@ -37,29 +37,30 @@ _CLM = (
     f"--block_size 128 --max_eval_samples 400 --per_device_eval_batch_size 16 --logging_steps 50 --learning_rate 2e-3 "
     f"--num_train_epochs 4 {_ALWAYS}"
 )
-_LOGITS = "--hidden_weight 0"
-_FREE = f"--sparsity_scope global --layer_share 0 {_LOGITS}"
+_FREE = "--sparsity_scope global --layer_share 0"
 # {name: command}. The first run of a task makes the dense model, the others begin with it. With a sparsity of 0 it
 # only learns on, as long and with the same losses: what pruning costs is the difference to that, too. Layers share a
-# budget as they do by default, with other shares that are theirs ("free" has none), or not at all ("layer"). The runs
-# that are not named for a budget are the default, with hidden states; the others distil logits alone.
+# budget as they do by default, with other shares that are theirs ("free" has none), or not at all ("layer").
+# "hidden" also compares hidden states, which neither task does by default.
 _CLM_DENSE, _QA_DENSE = "--model_name_or_path WORK/clm50-free/_dense", "--model_name_or_path WORK/qa50/_dense"
 RUNS = {
     "clm50-free": f"{_CLM} --config_name gpt2 --config_overrides n_embd=128,n_layer=4,n_head=4 --vocab_size 4000 "
     f"--finetune_epochs 6 --finetune_learning_rate 2e-3 --sparsity 0.5 {_FREE}",
     "qa50": f"{_QA} --model_name_or_path MINILM --finetune_epochs 2 --finetune_learning_rate 3e-4 --sparsity 0.5",
-    "clm0": f"{_CLM} {_CLM_DENSE} --sparsity 0 {_LOGITS}",
+    "clm0": f"{_CLM} {_CLM_DENSE} --sparsity 0",
     "clm80": f"{_CLM} {_CLM_DENSE} --sparsity 0.8",
+    "clm80-hidden": f"{_CLM} {_CLM_DENSE} --sparsity 0.8 --hidden_weight 1",
     "clm80-free": f"{_CLM} {_CLM_DENSE} --sparsity 0.8 {_FREE}",
-    "clm80-quarter": f"{_CLM} {_CLM_DENSE} --sparsity 0.8 --sparsity_scope global --layer_share 0.25 {_LOGITS}",
-    "clm80-layer": f"{_CLM} {_CLM_DENSE} --sparsity 0.8 --sparsity_scope layer {_LOGITS}",
+    "clm80-quarter": f"{_CLM} {_CLM_DENSE} --sparsity 0.8 --sparsity_scope global --layer_share 0.25",
+    "clm80-layer": f"{_CLM} {_CLM_DENSE} --sparsity 0.8 --sparsity_scope layer",
     "clm50": f"{_CLM} {_CLM_DENSE} --sparsity 0.5",
     "qa0": f"{_QA} {_QA_DENSE} --sparsity 0",
     "qa80": f"{_QA} {_QA_DENSE} --sparsity 0.8",
-    "qa80-layer": f"{_QA} {_QA_DENSE} --sparsity 0.8 --sparsity_scope layer {_LOGITS}",
+    "qa80-layer": f"{_QA} {_QA_DENSE} --sparsity 0.8 --sparsity_scope layer",
 }
 BUDGETS = {
-    "": "one budget", "free": "one free budget", "quarter": "one budget, a quarter inside each layer",
+    "": "one budget", "hidden": "one budget, hidden states",
+    "free": "one free budget", "quarter": "one budget, a quarter inside each layer",
     "layer": "a budget for each layer",
 }  # fmt: skip
 METRICS = {"qa": "f1", "clm": "perplexity"}
@@ -84,8 +85,6 @@ def collect(name: str, folder: Path, floor: float | None) -> dict[str, Any]:
     metric = METRICS[task]
     dense_bytes = facts.get("dense_file_bytes", facts["file_bytes"])  # not told where nothing was pruned
     method = f"fisher, {BUDGETS[name.partition('-')[2]]}" if facts["sparsity_reached"] else "dense, as long"
-    if _LOGITS not in RUNS[name]:
-        method += ", hidden states"
     row = {
         "task": task, "method": method, "block_shape": facts.get("block_shape"),
         "sparsity": facts["sparsity_reached"], "seed": facts["seed"], "steps": state["global_step"], "metric": metric,

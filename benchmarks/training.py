@@ -62,6 +62,7 @@ USUAL = {
 # Steps between two updates of the masks, which are the rule; the row "mask update" has one in every step.
 BETWEEN = {"sparsity": SPARSITY, "sparsity_end": 0.9, "mask_updates": 1, "task_weight": 0.5}
 PENALTY = {**BETWEEN, "penalty_weight": 1e-5}
+HIDDEN = {"hidden_weight": 0.1, "hidden_form": "mse"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +94,9 @@ VARIANTS = (
     Variant(name="logits, masks, penalty", settings=PENALTY),
     Variant(name="logits, masks, proximal penalty", settings={**PENALTY, "penalty_form": "proximal"}),
     Variant(name="logits, masks, grafting", settings={**BETWEEN, "graft_start": 0.999, "graft_end": 1.0}),
-    Variant(name="logits, masks, hidden states", settings={**BETWEEN, "hidden_weight": 0.1},
+    Variant(name="logits, masks, hidden states", settings={**BETWEEN, **HIDDEN},
             baseline="trainer + teacher, hidden states"),
-    Variant(name="everything", settings={**PENALTY, "hidden_weight": 0.1, "graft_start": 0.999, "graft_end": 1.0},
+    Variant(name="everything", settings={**PENALTY, **HIDDEN, "graft_start": 0.999, "graft_end": 1.0},
             baseline="trainer + teacher, hidden states"),
     Variant(name="mask update in every step", settings={**BETWEEN, "mask_updates": TOTAL_STEPS}),
 )  # fmt: skip

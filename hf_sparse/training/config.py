@@ -109,13 +109,13 @@ class SparseDistillConfig(TrainingArguments):
     )
     hidden_weight: float | None = _field(
         None,
-        f"Weight of the error between hidden states, summed over layers. None = {HIDDEN_WEIGHT} for models of text "
-        f"with kd_weight above 0 and a teacher of their own class, depth and width; else 0.",
+        f"Weight of the error between hidden states, summed over layers. None = {HIDDEN_WEIGHT} for models that "
+        f"classify text, with kd_weight above 0 and a teacher of their own class, depth and width; else 0.",
     )
     hidden_form: str = _field(
         "relative",
-        'That error: "relative" (squared distance over the squared size of the teacher\'s states, so that one weight '
-        'fits all models) or "mse" (mean squared error).',
+        'That error: "relative" (squared distance over the squared size of the teacher\'s states) or "mse" (mean '
+        "squared error).",
     )
     attention_weight: float = _field(
         0.0, "Weight of the mean squared error between attention maps, summed over layers."
@@ -197,8 +197,8 @@ class SparseDistillConfig(TrainingArguments):
         return parse_layer_map(self.layer_map)
 
     @property
-    def hidden_is_asked(self) -> bool:
-        """Whether hidden states are compared or refused: by a number, or a map of layers that pairs nothing else."""
+    def hidden_is_decided(self) -> bool:
+        """Whether settings alone decide about hidden states: a number, or a map of layers that pairs nothing else."""
         return self.hidden_weight is not None or (self.layer_map is not None and not self.attention_weight)
 
     @property
@@ -206,7 +206,7 @@ class SparseDistillConfig(TrainingArguments):
         """`hidden_weight` with None resolved as far as settings alone tell; the models decide about the rest."""
         if self.hidden_weight is not None:
             return self.hidden_weight
-        return HIDDEN_WEIGHT if self.hidden_is_asked or self.kd_weight else 0.0
+        return HIDDEN_WEIGHT if self.hidden_is_decided or self.kd_weight else 0.0
 
     @property
     def needs_teacher(self) -> bool:

@@ -35,7 +35,7 @@ def distillation_terms(
         model_config: the student's own config.
         config: weights and temperature.
         shifted: whether position i predicts label i + 1.
-        hidden_weight: the run's, where the config leaves it open.
+        hidden_weight: the weight in effect for this batch, with None resolved.
         projections: make the student's hidden states as wide as the teacher's; None where they are.
 
     Returns:

@@ -295,7 +295,7 @@ def test_without_a_teacher_the_task_loss_has_its_full_weight_unless_given() -> N
 
 
 @pytest.mark.parametrize(
-    ("given", "weight", "asked"),
+    ("given", "weight", "decided"),
     [
         ({}, 1.0, False),
         ({"kd_weight": 0.0}, 0.0, False),
@@ -310,14 +310,14 @@ def test_without_a_teacher_the_task_loss_has_its_full_weight_unless_given() -> N
         ({"preset": "block_structured", "kd_weight": 0.5}, 0.0, True),
     ],
 )
-def test_hidden_states_go_with_the_logits_unless_given(given: dict[str, Any], weight: float, asked: bool) -> None:
+def test_hidden_states_go_with_the_logits_unless_given(given: dict[str, Any], weight: float, decided: bool) -> None:
     found = config(**given)
     again = dataclasses.replace(found)
     for either in (found, again, pickle.loads(pickle.dumps(found)), copy.deepcopy(found)):
-        assert (either.wanted_hidden_weight, either.hidden_is_asked) == (weight, asked)
+        assert (either.wanted_hidden_weight, either.hidden_is_decided) == (weight, decided)
     # Whatever changes it later, a search or a script, it follows.
     found.hidden_weight, found.layer_map, found.kd_weight = None, None, 0.0
-    assert (found.wanted_hidden_weight, found.hidden_is_asked) == (0.0, False)
+    assert (found.wanted_hidden_weight, found.hidden_is_decided) == (0.0, False)
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,7 @@ def test_a_teacher_that_no_setting_uses_is_not_held_and_it_is_said(
 ) -> None:
     trainer = build(tmp_path, teacher=bert(5), kd_weight=0.0)
     assert trainer.teacher_model is None
-    assert "teacher_model is not used: kd_weight, hidden_weight and attention_weight are 0" in caplog.text
+    assert "teacher_model is not used: kd_weight, hidden_weight and attention_weight do not ask for one" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -166,5 +166,5 @@ def test_the_teacher_is_evaluated_as_the_student_is(tmp_path: Path) -> None:
 
 def test_without_a_teacher_there_is_none_to_evaluate(tmp_path: Path) -> None:
     trainer = make_trainer(llama(), tmp_path, rows("lm", 8), kd_weight=0.0)
-    with pytest.raises(ValueError, match="no teacher to evaluate: kd_weight"):
+    with pytest.raises(ValueError, match="no teacher to evaluate: neither kd_weight"):
         trainer.evaluate_teacher(rows("lm", 8))

@@ -119,11 +119,10 @@ def _compare(file: Path, state: dict[str, Any], masks: BlockMasks, facts: Mappin
                 f"{file}: {name} was pruned in blocks of {saved[name]}, this run asks for {shape}. "
                 f"Resume with the same block_height, block_width and block_overrides."
             )
-    # Before there was a choice.
-    old, facts = (
-        {"hidden_form": "mse", **state["facts"], "sparsity_scope": state["scope"]},
-        {**facts, "sparsity_scope": masks.scope},
-    )
+    # Before there was a choice, hidden states were compared by their mean squared error, if at all.
+    form = {"hidden_form": "mse"} if state["facts"].get("hidden_weight") else {}
+    old, facts = {**form, **state["facts"]}, {**facts, "sparsity_scope": masks.scope}
+    old["sparsity_scope"] = state["scope"]
     if state["scope"] == masks.scope == "global":
         old, facts = {**old, "layer_share": state.get("layer_share")}, {**facts, "layer_share": masks.layer_share}
     differing = [key for key in facts if key in old and old[key] != facts[key]]

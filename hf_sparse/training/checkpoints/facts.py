@@ -41,6 +41,8 @@ def run_facts(trainer: SparseDistillTrainer, folder: Path, teacher_metrics: Mapp
     task, auto_class = _task(model)
     # Told from the file and not from the settings: a run may be saved before it has pruned anything.
     dense = all(layer.bytes == layer.dense_bytes for layer in weights.layers)
+    # The settings may leave it to the models.
+    decided = {"hidden_weight": trainer.distiller.hidden_weight} if trainer.distiller.hidden_weight else {}
     return CardFacts(
         name=(config.hub_model_id or Path(config.output_dir or ".").resolve().name).split("/")[-1],
         save_format="dense" if dense else "compressed",
@@ -49,7 +51,7 @@ def run_facts(trainer: SparseDistillTrainer, folder: Path, teacher_metrics: Mapp
         task=task,
         auto_class=auto_class,
         teacher=_teacher(trainer),
-        recipe=recipe_facts(config),
+        recipe={**recipe_facts(config), **decided},
         block_shape=config.block_shape if config.sparsity else None,
         sparsity_asked=config.sparsity,
         sparsity_reached=round(trainer.pruner.masks.sparsity, 6),

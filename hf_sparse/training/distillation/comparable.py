@@ -1,8 +1,8 @@
 """Whether hidden states are compared where nobody has said so (`hidden_weight=None`).
 
-They are in models of text, where it was measured to help, and between two models of one class, whose states mean the
-same. What a config and a class can tell is looked at before training, the rest at the first outputs. What was asked
-for by name is not looked at here: the losses refuse it where it cannot be had.
+They are where it was measured to help, in models that classify text, between two models of one class, whose states
+mean the same; not in language models, where they hold a student back that could still learn (docs/tasks.md). What was
+asked for by a number is not looked at here: the losses refuse it where it cannot be had.
 """
 
 from __future__ import annotations
@@ -10,32 +10,39 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from hf_sparse.inference.compress import compressed_tensors
 from hf_sparse.training.distillation.layerwise import depths, sides_of
 from hf_sparse.training.distillation.projections import hidden_sizes
 
 
-def why_not_compared(student: nn.Module, teacher: nn.Module, mapped: bool) -> str | None:
+def classifies_text(model: nn.Module) -> TypeGuard[PreTrainedModel]:
+    """Tell whether a model is one of transformers that gives classes or scores to texts, and reads nothing else."""
+    if not isinstance(model, PreTrainedModel):
+        return False
+    reads = model.input_modalities
+    names = {cls.__name__ for cls in type(model).__mro__}
+    known = names & set(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values())
+    return bool(known) and (reads == "text" or set(reads) == {"text"})
+
+
+def why_not_compared(student: PreTrainedModel, teacher: nn.Module, mapped: bool) -> str | None:
     """Say why the hidden states of two models are not compared; None where nothing stands against it so far.
 
     Args:
-        student: the model to train.
+        student: the model to train, one that `classifies_text`.
         teacher: the student itself where a copy of it will teach.
         mapped: whether `layer_map` pairs layers of different depths.
     """
-    if not isinstance(student, PreTrainedModel):
-        return f"{type(student).__name__} is no PreTrainedModel"
     if type(teacher) is not type(student):
         return f"the teacher is a {type(teacher).__name__}, the model a {type(student).__name__}"
-    if student.main_input_name != "input_ids":
-        return f"{type(student).__name__} does not read text"
-    if not _takes_the_wish(type(student)):
+    if not _takes_the_flag(type(student)):
         return f"the forward of {type(student).__name__} does not name output_hidden_states"
     for name, value in _numbers_of(student.config.to_dict()):
         # A layer that is skipped leaves no state, now and then.
@@ -52,7 +59,9 @@ def why_not_compared(student: nn.Module, teacher: nn.Module, mapped: bool) -> st
 
 
 def why_not_alike(student: Any, teacher: Any, inputs: Mapping[str, Any], mapped: bool) -> str | None:
-    """Say why hidden states that two models returned are not compared; None where they are.
+    """Say why hidden states that two models returned for a batch are not compared; None where they are.
+
+    Shapes decide and nothing else, so that it is the same in a resumed run, and costs nothing.
 
     Args:
         student, teacher: model outputs.
@@ -72,12 +81,12 @@ def why_not_alike(student: Any, teacher: Any, inputs: Mapping[str, Any], mapped:
             return f"the model returns {len(shapes[0])} of them and the teacher {len(shapes[1])}"
         known = ids if mask is None else mask
         if not isinstance(known, Tensor) or math.prod(known.shape) != math.prod(shapes[0][0][:2]):
-            return "it is not known which of their tokens are real"
+            return "no mask fits them"
     return None
 
 
-def _takes_the_wish(model_class: type[nn.Module]) -> bool:
-    # The forwards of transformers take it by name or through a decorator; what **kwargs of others mean is not known.
+def _takes_the_flag(model_class: type[nn.Module]) -> bool:
+    # The forwards of transformers take output_hidden_states by name or in **kwargs; elsewhere these may be anything.
     forward = model_class.forward
     return (
         forward.__module__.startswith("transformers.")

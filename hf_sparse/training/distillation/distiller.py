@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hf_sparse.training.config import SparseDistillConfig
-from hf_sparse.training.distillation.comparable import why_not_alike, why_not_compared
+from hf_sparse.training.distillation.comparable import classifies_text, why_not_alike, why_not_compared
 from hf_sparse.training.distillation.graft import GraftSite, graft_at, graft_sites
 from hf_sparse.training.distillation.projections import HiddenProjections, needed_projections
 from hf_sparse.training.distillation.teacher import (
@@ -63,11 +63,10 @@ class Distiller:
         if given is not None and config.needs_teacher:
             self.teacher = load_teacher(given, student)
         self.hidden_weight = config.wanted_hidden_weight
-        self._hidden_is_open = bool(self.hidden_weight) and not config.hidden_is_asked
-        self._mapped = config.layer_map is not None
-        if self._hidden_is_open:
-            teaching = student if self.teacher is None else self.teacher
-            self._settle_hidden(why_not_compared(student, teaching, self._mapped))
+        self._why_not: str | None = None
+        self._told: set[str] = set()
+        if not config.hidden_is_decided:
+            self._look_at(student, student if self.teacher is None else self.teacher)
         if self.teacher is not None:
             if config.graft_start < 1.0:
                 use_attention_of(student, self.teacher)
@@ -85,7 +84,8 @@ class Distiller:
                 graft_sites(student, student)
         if given is not None and not config.needs_teacher:
             logger.warning(
-                "teacher_model is not used: kd_weight, hidden_weight and attention_weight are 0 and graft_start is 1."
+                "teacher_model is not used: kd_weight, hidden_weight and attention_weight do not ask for one, and "
+                "graft_start is 1."
             )
 
     def hire(self, student: nn.Module, device: torch.device) -> nn.Module:
@@ -131,29 +131,43 @@ class Distiller:
         config = self.config
         if not (config.kd_weight or self.hidden_weight or config.attention_weight):
             return None
+        self._tell(self._why_not)
         teacher = self.hire(student, device)
         outputs = teacher(**asked_of_teacher(teacher, asked))
         self._install_recording_hooks(student, asked)
         return outputs
 
-    def look_at_states(self, student: Any, teacher: Any, inputs: Mapping[str, Any]) -> None:
-        """Decide, at the first outputs, whether hidden states are compared where nobody has said so.
+    def hidden_weight_for(self, student: Any, teacher: Any, inputs: Mapping[str, Any]) -> float:
+        """Give the weight of hidden states for a batch.
 
-        It depends on the kind of the outputs alone, so that all ranks and a resumed run decide alike.
+        Args:
+            student, teacher: the outputs of both.
+            inputs: what both were called with.
+
+        Returns:
+            `hidden_weight`; 0 where the settings leave it to the models and these states cannot be compared.
         """
-        if self._hidden_is_open:
-            self._hidden_is_open = False
-            self._settle_hidden(why_not_alike(student, teacher, inputs, self._mapped))
+        if not self.hidden_weight or self.config.hidden_is_decided:
+            return self.hidden_weight
+        reason = why_not_alike(student, teacher, inputs, self.config.layer_map is not None)
+        self._tell(reason)
+        return 0.0 if reason else self.hidden_weight
 
-    def _settle_hidden(self, reason: str | None) -> None:
-        if reason is not None:
-            self.hidden_weight, self._hidden_is_open = 0.0, False
-            if self.config.should_log:
-                logger.warning("hidden states are not compared, unless hidden_weight is given: %s.", reason)
+    def _look_at(self, student: nn.Module, teacher: nn.Module) -> None:
+        if not classifies_text(student):
+            self.hidden_weight = 0.0
+        elif self.hidden_weight:
+            self._why_not = why_not_compared(student, teacher, self.config.layer_map is not None)
+            self.hidden_weight = 0.0 if self._why_not else self.hidden_weight
+
+    def _tell(self, reason: str | None) -> None:
+        if reason and self.config.should_log and reason not in self._told:
+            self._told.add(reason)
+            logger.warning("hidden states are not compared, unless hidden_weight is given: %s.", reason)
 
     def weight_of(self, name: str) -> float:
         """Give the weight of a term: "task", "kd", "hidden" or "attention"."""
-        return self.hidden_weight if name == "hidden" else getattr(self.config, f"{name}_weight")
+        return self.hidden_weight if name == "hidden" else float(getattr(self.config, f"{name}_weight"))
 
     @contextlib.contextmanager
     def grafted(self, student: nn.Module, plan: StepPlan, device: torch.device) -> Iterator[None]:

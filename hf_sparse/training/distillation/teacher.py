@@ -102,7 +102,7 @@ def check_teacher(student: nn.Module, teacher: nn.Module, config: SparseDistillC
     Args:
         student, teacher: the models.
         config: the run's settings.
-        hidden_weight: the run's, where the settings leave it open.
+        hidden_weight: the weight in effect, with None resolved.
 
     Raises:
         ValueError: naming the setting, what the student and the teacher have, and the way out.
@@ -142,6 +142,11 @@ def check_teacher(student: nn.Module, teacher: nn.Module, config: SparseDistillC
 
 def check_depths(student: nn.Module, teacher: nn.Module, config: SparseDistillConfig, hidden_weight: float) -> None:
     """Refuse a teacher whose layers cannot be compared with the student's, as `layer_map` pairs them.
+
+    Args:
+        student, teacher: the models.
+        config: the run's settings.
+        hidden_weight: the weight in effect, with None resolved.
 
     Raises:
         ValueError: naming the setting, the layers of both, and the way out.

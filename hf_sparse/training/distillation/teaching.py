@@ -68,7 +68,9 @@ class TeachingTrainer(PublishingTrainer):
             ValueError: if the run has no teacher, or there is nothing to evaluate it on.
         """
         if not self.args.needs_teacher:
-            raise ValueError("no teacher to evaluate: kd_weight, hidden_weight and attention_weight are 0.")
+            raise ValueError(
+                "no teacher to evaluate: neither kd_weight nor hidden_weight nor attention_weight asks for one."
+            )
         data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if data is None:
             raise ValueError("no data to evaluate the teacher on: give eval_dataset, here or to the trainer.")

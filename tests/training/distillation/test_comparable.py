@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import BertForSequenceClassification, M2M100Config, M2M100ForConditionalGeneration
+from transformers import BertForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import hf_sparse
@@ -23,7 +23,6 @@ from tests.training.tiny import (
     pad,
     rows,
     sparse_config,
-    stirred,
     t5,
     weights_of,
 )
@@ -76,21 +75,18 @@ def cut(seed: int = 0) -> Any:
     return model
 
 
+def skipping() -> Any:
+    model = bert()
+    model.config.layerdrop = 0.1
+    return model
+
+
 def compressed() -> Any:
     trained = bert(5)
     masks = hf_sparse.BlockMasks.for_model(trained, (4, 1))
     masks.choose(0.5)
     masks.apply_()
     return hf_sparse.compress(trained, masks.state_dict())
-
-
-def skipping(seed: int = 0) -> Any:
-    """An encoder-decoder of text that skips layers at random, as its default config says."""
-    torch.manual_seed(seed)
-    config = M2M100Config(vocab_size=50, d_model=16, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=32,
-                          decoder_ffn_dim=32, encoder_attention_heads=2, decoder_attention_heads=2,
-                          max_position_embeddings=40, pad_token_id=0)  # fmt: skip
-    return stirred(M2M100ForConditionalGeneration(config))
 
 
 def run(
@@ -117,19 +113,13 @@ def test_hidden_states_are_compared_unless_told_otherwise(
     assert "loss_hidden" not in without
 
 
-@pytest.mark.parametrize(("make", "kind"), [(llama, "lm"), (t5, "seq2seq")])
-def test_decoders_and_both_sides_of_an_encoder_decoder(tmp_path: Path, make: Any, kind: str) -> None:
-    _, logged = run(tmp_path, make(0), data=rows(kind, 16))
-    assert logged["loss_hidden"] > 0.0
-
-
 @pytest.mark.parametrize(
     ("student", "teacher", "reason"),
     [
         (bert, lambda: bert(5, num_hidden_layers=4), "the model has [2] layers and the teacher [4], and no layer_map"),
         (bert, lambda: bert(5, hidden_size=24), "model and teacher are of different widths"),
         (bert, compressed, "the teacher is compressed"),
-        (Silent, None, "Silent is no PreTrainedModel"),
+        (skipping, None, "layers are skipped at random (layerdrop=0.1)"),
         (bert, lambda: Silent(5), "the teacher is a Silent, the model a BertForSequenceClassification"),
         (lambda: as_a(Deaf), None, "they are not returned"),
         (lambda: as_a(Strict), None, "the forward of Strict does not name output_hidden_states"),
@@ -141,45 +131,80 @@ def test_where_they_cannot_be_compared_it_says_so_and_trains(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         trainer, logged = run(tmp_path, student(), teacher and teacher())
-    assert trainer.distiller.hidden_weight == 0.0 and trainer.distiller.projections is None
+    assert trainer.distiller.projections is None
     assert "loss_hidden" not in logged and logged["loss_kd"] > 0.0
     told = [record.getMessage() for record in caplog.records if "hidden states are not" in record.getMessage()]
     assert len(told) == 1 and reason in told[0]
     # What was asked for is never dropped.
-    if "widths" in reason:
-        trainer, logged = run(tmp_path / "asked", student(), teacher(), hidden_weight=1.0)
-        assert trainer.distiller.projections is not None and logged["loss_hidden"] > 0.0
+    if "widths" in reason or "skipped" in reason:
+        trainer, logged = run(tmp_path / "asked", student(), teacher and teacher(), hidden_weight=1.0)
+        assert (trainer.distiller.projections is None) == ("skipped" in reason) and logged["loss_hidden"] > 0.0
     else:
         with pytest.raises((ValueError, TypeError), match="hidden_weight=|hidden states|output_hidden_states"):
             run(tmp_path / "asked", student(), teacher and teacher(), hidden_weight=1.0)
 
 
-@pytest.mark.parametrize(
-    ("family", "reason"),
-    [("vit", "does not read text"), ("wav2vec2", "does not read text"), ("clip", "which of their tokens are real")],
-)
-def test_they_are_compared_in_models_of_text_alone(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, family: str, reason: str
+OTHERS = {
+    "a language model": (llama, lambda: rows("lm", 16), pad),
+    "an encoder-decoder": (t5, lambda: rows("seq2seq", 16), pad),
+    "tagging": (lambda seed: bert(seed, "TokenClassification"), lambda: rows("tagging", 16), pad),
+    "images": (lambda seed: family_model("vit", seed), lambda: family_rows("vit"), family_batch),
+    "text and images": (lambda seed: family_model("clip", seed), lambda: family_rows("clip"), family_batch),
+    "not of transformers": (Silent, lambda: rows("classes", 16), pad),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_in_models_that_do_not_classify_text_they_are_compared_if_asked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
-    extra = {"data_collator": family_batch}
-    _, logged = run(tmp_path, family_model(family, 0), None, family_rows(family), extra, block_height=4)
-    assert "loss_hidden" not in logged and reason in caplog.text
-    _, logged = run(
-        tmp_path / "asked",
-        family_model(family, 0),
-        None,
-        family_rows(family),
-        extra,
-        block_height=4,
-        hidden_weight=1.0,
-    )
-    assert logged["loss_hidden"] > 0.0
+    make, data, collator = OTHERS[kind]
+    given = {"data": data(), "extra": {"data_collator": collator}, "block_height": 4}
+    trainer, logged = run(tmp_path, make(0), **given)
+    assert trainer.distiller.hidden_weight == 0.0 and "loss_hidden" not in logged and logged["loss_kd"] > 0.0
+    # It is the rule there, and nothing to be told.
+    assert "hidden states" not in caplog.text
+    if kind != "not of transformers":
+        _, logged = run(tmp_path / "asked", make(0), **given, hidden_weight=1.0)
+        assert logged["loss_hidden"] > 0.0
 
 
-def test_layers_that_are_skipped_at_random_leave_no_states(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    _, logged = run(tmp_path, skipping(), data=rows("seq2seq", 16))
-    assert "loss_hidden" not in logged
-    assert "layers are skipped at random (encoder_layerdrop=0.05)" in caplog.text
+def test_a_batch_whose_states_do_not_fit_is_trained_without_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Padding(BertForSequenceClassification):
+        """Pads odd lengths inside, as block-sparse attention does, and returns states of that length."""
+
+        def forward(
+            self, input_ids: Any, attention_mask: Any, labels: Any = None, output_hidden_states: Any = None
+        ) -> Any:
+            odd = input_ids.shape[1] % 2
+            input_ids, attention_mask = (nn.functional.pad(x, (0, odd)) for x in (input_ids, attention_mask))
+            return super().forward(
+                input_ids=input_ids, attention_mask=attention_mask, labels=labels,
+                output_hidden_states=output_hidden_states,
+            )  # fmt: skip
+
+    def lengths(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        length = 10 + samples[0]["labels"] % 2
+        return {key: nn.functional.pad(x, (0, length - x.shape[1])) if x.ndim == 2 else x
+                for key, x in pad(samples).items()}  # fmt: skip
+
+    data = rows("classes", 16)
+    for i, row in enumerate(data):
+        row["labels"] = i // 8
+    trainer = make_trainer(as_a(Padding), tmp_path, data, as_a(Padding, 5), {"data_collator": lengths},
+                           **{**RUN, "train_sampling_strategy": "sequential"})  # fmt: skip
+    trainer.train()
+    steps = [logs for logs in trainer.state.log_history if "loss" in logs]
+    assert ["loss_hidden" in logs for logs in steps] == [True, False, True, False]
+    assert caplog.text.count("hidden states are not compared, unless hidden_weight is given: no mask fits them") == 1
+
+
+def test_with_model_init_it_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    extra = {"model_init": lambda: bert(0)}
+    run(tmp_path, None, bert(5, num_hidden_layers=4), extra=extra)
+    assert caplog.text.count("no layer_map pairs them") == 1
 
 
 def states(*shapes: tuple[int, ...]) -> dict[str, Any]:
@@ -196,8 +221,8 @@ def states(*shapes: tuple[int, ...]) -> dict[str, Any]:
         (states((2, 4, 3, 3)), states((2, 4, 3, 3)), (2, 3), "not tensors of one shape"),
         ({"hidden_states": torch.zeros(2, 3, 4)}, states((2, 3, 4)), (2, 3), "not tensors of one shape"),
         ({"hidden_states": ((torch.zeros(2, 3, 4),),)}, states((2, 3, 4)), (2, 3), "not tensors of one shape"),
-        (states((2, 3, 4)), states((2, 3, 4)), (2, 12), "which of their tokens are real"),
-        (states((2, 3, 4)), states((2, 3, 4)), None, "which of their tokens are real"),
+        (states((2, 3, 4)), states((2, 3, 4)), (2, 12), "no mask fits them"),
+        (states((2, 3, 4)), states((2, 3, 4)), None, "no mask fits them"),
         (states((2, 3, 4)), {"encoder_hidden_states": states((2, 3, 4))["hidden_states"]}, (2, 3), "not returned"),
     ],
 )
@@ -242,7 +267,7 @@ def test_resumed_it_goes_on_as_it_was(tmp_path: Path, student: Any) -> None:
     whole, _ = run(tmp_path / "run", student(), teacher, **given)
     trainer = make_trainer(student(), tmp_path / "run", rows("classes", 16), teacher, **{**RUN, **given})
     trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
-    assert trainer.distiller.hidden_weight == 0.0
+    assert not any("loss_hidden" in logs for logs in trainer.state.log_history)
     assert_same(weights_of(trainer.student), weights_of(whole.student))
     other = make_trainer(
         student(), tmp_path / "run", rows("classes", 16), teacher, **{**RUN, **given, "hidden_weight": 0.0}
