@@ -13,6 +13,7 @@ from transformers import BertForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import hf_sparse
+from hf_sparse.hub.card import facts_from_folder
 from hf_sparse.training.distillation.comparable import why_not_alike
 from tests.training.families import family_batch, family_model, family_rows
 from tests.training.tiny import (
@@ -109,6 +110,8 @@ def test_hidden_states_are_compared_unless_told_otherwise(
     terms = 0.5 * logged["loss_task"] + 0.5 * logged["loss_kd"] + logged["loss_hidden"]
     assert logged["loss"] == pytest.approx(terms, rel=1e-5)
     assert "hidden states are not compared" not in caplog.text
+    trainer.save_model(tmp_path / "final")
+    assert facts_from_folder(tmp_path / "final").recipe["hidden_weight"] == 1.0
     _, without = run(tmp_path / "off", bert(0), teacher and teacher(), hidden_weight=0.0)
     assert "loss_hidden" not in without
 
