@@ -152,7 +152,8 @@ def draw_training(history: Sequence[dict[str, float]]) -> tuple[Figure, str]:
         if title == "sparsity and grafting":
             axes.set_ylim(-0.02, 1.04)
         elif title in ("losses", "penalty"):
-            axes.set_ylim(bottom=0.0)
+            # Room for the names, which curves that stay high would run through.
+            axes.set_ylim(0.0, axes.get_ylim()[1] * (1.05 + 0.07 * -(-len(lines) // 2)))
         _legend(axes, "upper right" if title in ("losses", "penalty") else "lower right")
     last = int(history[-1]["step"])
     return figure, f"Training over {last:,} steps: {', '.join(charts)}"
@@ -230,7 +231,7 @@ def style(axes: Axes, title: str, label_size: float = 7.0, grid_width: float = 0
 
 
 def _legend(axes: Axes, corner: Literal["upper right", "lower right"]) -> None:
-    axes.legend(fontsize=6.5, frameon=False, labelcolor=INK, loc=corner)
+    axes.legend(fontsize=6.5, frameon=False, labelcolor=INK, loc=corner, ncols=2)
 
 
 def _canvas(grid: MaskGrid) -> Any:
