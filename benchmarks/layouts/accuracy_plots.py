@@ -67,7 +67,7 @@ def plot_methods(panels: Sequence[tuple[str, Results, str]], file: Path, sparsit
 
     found = [_scores_of_methods(results, task, sparsity) for _, results, task in panels]
     rows = max(len(scores) for scores in found)
-    size = (6.6 * len(panels), 1.1 + 0.24 * rows)
+    size = (8.0 * len(panels), 1.1 + 0.24 * rows)
     figure, all_axes = plt.subplots(1, len(panels), figsize=size, squeeze=False)
     for axes, scores, (title, results, task) in zip(all_axes[0], found, panels, strict=True):
         for row, (method, values) in enumerate(scores):
@@ -82,7 +82,7 @@ def plot_methods(panels: Sequence[tuple[str, Results, str]], file: Path, sparsit
             range(len(scores)), [f"{m}, {len(v)} seeds" if len(v) > 1 else m for m, v in scores], fontsize=8
         )
         axes.set(ylim=(rows - 0.4, -1), xlabel="accuracy on all dev rows (%)")
-        axes.set_title(title, pad=14)
+        axes.set_title(title, pad=14, fontsize=11)
         axes.grid(axis="x", color="0.9")
         axes.set_axisbelow(True)
     _save(figure, file)
