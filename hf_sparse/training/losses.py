@@ -24,7 +24,7 @@ def distillation_terms(
     model_config: Any,
     config: SparseDistillConfig,
     shifted: bool,
-    hidden_weight: float,
+    hidden: bool | None,
     projections: HiddenProjections | None = None,
 ) -> dict[str, tuple[Tensor, str]]:
     """Compute the distillation losses that a config asks for, unweighted.
@@ -35,7 +35,7 @@ def distillation_terms(
         model_config: the student's own config.
         config: weights and temperature.
         shifted: whether position i predicts label i + 1.
-        hidden_weight: the weight in effect for this batch, with None resolved.
+        hidden: whether hidden states are compared; None = in no batch, False = not in this one, whose term is 0.
         projections: make the student's hidden states as wide as the teacher's; None where they are.
 
     Returns:
@@ -49,12 +49,15 @@ def distillation_terms(
         temperature, pooling = config.kd_temperature, config.embedding_pooling
         loss = prediction_loss(student, teacher, inputs, model_config, temperature, shifted, pooling)
         terms["loss_kd"] = loss, prediction_unit(student, inputs)
-    if hidden_weight:
+    if hidden:
         sides = compared_layers(student, teacher, inputs, "hidden_states", "hidden_weight", config.teacher_layers)
         maps = [None if projections is None else projections.get(x.name) for x in sides]
         form = config.hidden_form
         losses = [hidden_loss(x.student, x.teacher, x.mask, m, form) for x, m in zip(sides, maps, strict=True)]
         terms["loss_hidden"] = torch.stack(losses).sum(), "samples"
+    elif hidden is False:
+        # In its place, so that all ranks log the same terms in the same order.
+        terms["loss_hidden"] = torch.zeros_like(terms["loss_kd"][0].detach()), "samples"
     if config.attention_weight:
         sides = compared_layers(student, teacher, inputs, "attentions", "attention_weight", config.teacher_layers)
         losses = [attention_loss(x.student, x.teacher, x.mask) for x in sides]

@@ -189,10 +189,10 @@ class SparseDistillTrainer(ResumingTrainer):
         if teacher_outputs is not None:
             student_config = getattr(student, "config", None)
             seen = seen_by_losses(student, inputs, outputs)
-            hidden_weight = self.distiller.hidden_weight_for(outputs, teacher_outputs, seen)
+            hidden = self.distiller.compares_hidden(outputs, teacher_outputs, seen)
             terms |= distillation_terms(
-                outputs, teacher_outputs, seen, student_config, self.args, self._shifted,
-                hidden_weight, self.distiller.projections,
+                outputs, teacher_outputs, seen, student_config, self.args, self._shifted, hidden,
+                self.distiller.projections,
             )  # fmt: skip
         loss = with_graph(
             weighted_sum(terms, self.distiller.weight_of, self.totals.shares(inputs, self._shifted), self._means)

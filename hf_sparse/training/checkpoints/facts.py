@@ -42,7 +42,8 @@ def run_facts(trainer: SparseDistillTrainer, folder: Path, teacher_metrics: Mapp
     # Told from the file and not from the settings: a run may be saved before it has pruned anything.
     dense = all(layer.bytes == layer.dense_bytes for layer in weights.layers)
     # The settings may leave it to the models.
-    decided = {"hidden_weight": trainer.distiller.hidden_weight} if trainer.distiller.hidden_weight else {}
+    distiller = trainer.distiller
+    decided = {"hidden_weight": distiller.hidden_weight} if distiller.has_compared_hidden else {}
     return CardFacts(
         name=(config.hub_model_id or Path(config.output_dir or ".").resolve().name).split("/")[-1],
         save_format="dense" if dense else "compressed",

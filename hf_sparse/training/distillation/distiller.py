@@ -65,6 +65,7 @@ class Distiller:
         self.hidden_weight = config.wanted_hidden_weight
         self._why_not: str | None = None
         self._told: set[str] = set()
+        self.has_compared_hidden = False
         if not config.hidden_is_decided:
             self._look_at(student, student if self.teacher is None else self.teacher)
         if self.teacher is not None:
@@ -137,21 +138,24 @@ class Distiller:
         self._install_recording_hooks(student, asked)
         return outputs
 
-    def hidden_weight_for(self, student: Any, teacher: Any, inputs: Mapping[str, Any]) -> float:
-        """Give the weight of hidden states for a batch.
+    def compares_hidden(self, student: Any, teacher: Any, inputs: Mapping[str, Any]) -> bool | None:
+        """Tell whether hidden states of a batch are compared.
 
         Args:
             student, teacher: the outputs of both.
             inputs: what both were called with.
 
         Returns:
-            `hidden_weight`; 0 where the settings leave it to the models and these states cannot be compared.
+            None if `hidden_weight` is 0; False where the settings leave it to the models and these states cannot be.
         """
-        if not self.hidden_weight or self.config.hidden_is_decided:
-            return self.hidden_weight
-        reason = why_not_alike(student, teacher, inputs, self.config.layer_map is not None)
-        self._tell(reason)
-        return 0.0 if reason else self.hidden_weight
+        if not self.hidden_weight:
+            return None
+        reason = None
+        if not self.config.hidden_is_decided:
+            reason = why_not_alike(student, teacher, inputs, self.config.layer_map is not None)
+            self._tell(reason)
+        self.has_compared_hidden |= reason is None
+        return reason is None
 
     def _look_at(self, student: nn.Module, teacher: nn.Module) -> None:
         if not classifies_text(student):
