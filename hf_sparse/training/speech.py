@@ -37,15 +37,19 @@ def seen_by_losses(model: Any, inputs: Mapping[str, Any], outputs: Any) -> Mappi
 
     Returns:
         The inputs themselves for models that read tokens or patches. For waveforms a copy, with the masks of frames,
-        "attention_mask" and `FRAMES`, [B, T] in place of the mask of samples, and without CTC's labels.
+        "attention_mask" and `FRAMES`, [B, T] in place of the mask of samples, and without CTC's labels. Where a decoder
+        answers, whose tokens are no frames, without `FRAMES`.
     """
     ctc, to_frames = is_ctc(model), getattr(model, "_get_feature_vector_attention_mask", None)
     if not ctc and to_frames is None:
         return inputs
     seen = {key: value for key, value in inputs.items() if not (ctc and key == "labels")}
-    mask, frames = seen.pop("attention_mask", None), _frames(outputs)
+    mask, encoded = seen.pop("attention_mask", None), output(outputs, "encoder_last_hidden_state")
+    frames = _frames(outputs) if encoded is None else int(encoded.shape[1])
     if mask is not None and to_frames is not None and frames is not None:
-        seen["attention_mask"] = seen[FRAMES] = to_frames(frames, mask)
+        seen["attention_mask"] = to_frames(frames, mask)
+        if encoded is None:
+            seen[FRAMES] = seen["attention_mask"]
     return seen
 
 

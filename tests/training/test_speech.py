@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Speech2TextConfig, Speech2TextForConditionalGeneration
 
 from hf_sparse.training.distillation.predictions import FRAMES, prediction_unit
 from hf_sparse.training.speech import is_ctc, seen_by_losses, task_unit
@@ -44,6 +45,51 @@ def wav2vec2(seed: int, reduction: str = "mean") -> Any:
     for layer in model.wav2vec2.encoder.layers:
         layer.attention.dropout = 0.0
     return model
+
+
+def speech_to_text(seed: int) -> Any:
+    """Speech2Text: convolutions shorten what the encoder reads, and a decoder answers in tokens."""
+    torch.manual_seed(seed)
+    config = Speech2TextConfig(
+        vocab_size=40, d_model=16, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=32, decoder_ffn_dim=32,
+        encoder_attention_heads=2, decoder_attention_heads=2, max_source_positions=64, max_target_positions=32,
+        input_feat_per_channel=8, conv_channels=16, num_conv_layers=2, dropout=0.0, init_std=0.5,
+    )  # fmt: skip
+    return Speech2TextForConditionalGeneration(config)
+
+
+def stacked(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+
+
+def test_where_a_decoder_answers_frames_count_for_the_encoder_alone(tmp_path: Path) -> None:
+    lengths = (40, 24, 40, 32, 20, 40, 28, 36)
+    data = [
+        {"input_features": torch.randn(40, 8) * (torch.arange(40) < length)[:, None],
+         "attention_mask": (torch.arange(40) < length).long(), "labels": torch.randint(3, 40, (6,))}
+        for length in lengths
+    ]  # fmt: skip
+    student, teacher, batch = speech_to_text(0), speech_to_text(5), stacked(data)
+    with torch.no_grad():
+        mine, theirs = (m.eval()(**batch, output_hidden_states=True) for m in (student, teacher))
+    p, q = ((m.logits / 2.0).softmax(-1) for m in (theirs, mine))
+    kd = 4.0 * (p * (p.log() - q.log())).sum(-1).mean().item()
+    hidden = 0.0
+    for i, length in enumerate(lengths):
+        frames = -(-length // 4)  # two convolutions of stride 2
+        for side, count in (("encoder", frames), ("decoder", 6)):
+            for s, t in zip(*(m[f"{side}_hidden_states"] for m in (mine, theirs)), strict=True):
+                s, t = s[i, :count], t[i, :count]
+                hidden += ((s - t).square().sum() / t.square().sum()).item() / 8
+    assert mine.encoder_hidden_states[-1].shape[1] == 10 != mine.logits.shape[1]
+    trainer = make_trainer(
+        student, tmp_path, data, teacher, extra={"data_collator": stacked}, sparsity=0.0, hidden_weight=1.0,
+        max_steps=1, logging_strategy="steps", logging_steps=1,
+    )  # fmt: skip
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert logged["loss_kd"] == pytest.approx(kd, rel=1e-4)
+    assert logged["loss_hidden"] == pytest.approx(hidden, rel=1e-4)
 
 
 def test_losses_are_means_over_the_frames_of_each_recording(tmp_path: Path) -> None:
