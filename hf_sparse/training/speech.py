@@ -37,8 +37,8 @@ def seen_by_losses(model: Any, inputs: Mapping[str, Any], outputs: Any) -> Mappi
 
     Returns:
         The inputs themselves for models that read tokens or patches. For waveforms a copy, with the masks of frames,
-        "attention_mask" and `FRAMES`, [B, T] in place of the mask of samples, and without CTC's labels. Where a decoder
-        answers, whose tokens are no frames, without `FRAMES`.
+        "attention_mask" and `FRAMES`, [B, T] in place of the mask of samples, and without CTC's labels. Where a
+        decoder answers, whose tokens are no frames, without `FRAMES`.
     """
     ctc, to_frames = is_ctc(model), getattr(model, "_get_feature_vector_attention_mask", None)
     if not ctc and to_frames is None:
