@@ -58,6 +58,15 @@ def speech_to_text(seed: int) -> Any:
     return Speech2TextForConditionalGeneration(config)
 
 
+def logged_step(folder: Path, student: Any, teacher: Any, data: Any, collator: Any) -> dict[str, float]:
+    trainer = make_trainer(
+        student, folder, data, teacher, extra={"data_collator": collator}, sparsity=0.0, hidden_weight=1.0,
+        max_steps=1, logging_strategy="steps", logging_steps=1,
+    )  # fmt: skip
+    trainer.train()
+    return trainer.state.log_history[0]
+
+
 def stacked(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
 
@@ -82,12 +91,7 @@ def test_where_a_decoder_answers_frames_count_for_the_encoder_alone(tmp_path: Pa
                 s, t = s[i, :count], t[i, :count]
                 hidden += ((s - t).square().sum() / t.square().sum()).item() / 8
     assert mine.encoder_hidden_states[-1].shape[1] == 10 != mine.logits.shape[1]
-    trainer = make_trainer(
-        student, tmp_path, data, teacher, extra={"data_collator": stacked}, sparsity=0.0, hidden_weight=1.0,
-        max_steps=1, logging_strategy="steps", logging_steps=1,
-    )  # fmt: skip
-    trainer.train()
-    logged = trainer.state.log_history[0]
+    logged = logged_step(tmp_path, student, teacher, data, stacked)
     assert logged["loss_kd"] == pytest.approx(kd, rel=1e-4)
     assert logged["loss_hidden"] == pytest.approx(hidden, rel=1e-4)
 
@@ -105,12 +109,7 @@ def test_losses_are_means_over_the_frames_of_each_recording(tmp_path: Path) -> N
         kd.append(4.0 * (p * (p.log() - q.log())).sum(-1).mean().item())
         for s, t in zip(mine.hidden_states, theirs.hidden_states, strict=True):
             hidden[i] += ((s[i, :count] - t[i, :count]).square().sum() / t[i, :count].square().sum()).item()
-    trainer = make_trainer(
-        student, tmp_path, data, teacher, extra={"data_collator": family_batch}, sparsity=0.0, hidden_weight=1.0,
-        max_steps=1, logging_strategy="steps", logging_steps=1,
-    )  # fmt: skip
-    trainer.train()
-    logged = trainer.state.log_history[0]
+    logged = logged_step(tmp_path, student, teacher, data, family_batch)
     assert logged["loss_kd"] == pytest.approx(sum(kd) / 8, rel=1e-4)
     assert logged["loss_hidden"] == pytest.approx(sum(hidden) / 8, rel=1e-4)
     assert logged["loss_task"] == pytest.approx(mine.loss.item(), rel=1e-4)

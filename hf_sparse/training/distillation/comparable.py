@@ -8,7 +8,6 @@ asked for by a number is not looked at here: the losses refuse it where it canno
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
 
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from hf_sparse.inference.compress import compressed_tensors
+from hf_sparse.training.distillation.distill import one_row_per_sample
 from hf_sparse.training.distillation.layerwise import depths, sides_of
 from hf_sparse.training.distillation.projections import hidden_sizes
 
@@ -79,8 +79,8 @@ def why_not_alike(student: Any, teacher: Any, inputs: Mapping[str, Any], mapped:
             return "they are not tensors of one shape"
         if not mapped and len(shapes[0]) != len(shapes[1]):
             return f"the model returns {len(shapes[0])} of them and the teacher {len(shapes[1])}"
-        known = ids if mask is None else mask
-        if not isinstance(known, Tensor) or math.prod(known.shape) != math.prod(shapes[0][0][:2]):
+        known = one_row_per_sample(ids if mask is None else mask)
+        if known is None or known.shape != shapes[0][0][:2]:
             return "no mask fits them"
     return None
 

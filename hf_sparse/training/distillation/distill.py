@@ -138,7 +138,7 @@ def hidden_loss(
     if projection is not None:
         student = [projection(states.float()) for states in student]
     _check_layers("hidden states", student, teacher)
-    attention_mask = _one_row_per_sample(attention_mask)
+    attention_mask = one_row_per_sample(attention_mask)
     losses = []
     for mine, theirs in zip(student, teacher, strict=True):
         theirs = theirs.detach().float()
@@ -169,7 +169,7 @@ def attention_loss(
     Source: Sparse Progressive Distillation (ACL 2022), post-softmax maps as its released code compares.
     """
     _check_layers("attention maps", student, teacher)
-    pairs, attention_mask = None, _one_row_per_sample(attention_mask)
+    pairs, attention_mask = None, one_row_per_sample(attention_mask)
     if attention_mask is not None:
         real = attention_mask.bool()
         pairs = (real[:, :, None] & real[:, None, :]).flatten(1)
@@ -208,8 +208,8 @@ def embedding_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return ((mine - theirs).square().sum(-1) / length).mean()
 
 
-def _one_row_per_sample(mask: Tensor | None) -> Tensor | None:
-    # Multiple choice: [questions, choices, T], where layers return [questions * choices, T, D].
+def one_row_per_sample(mask: Tensor | None) -> Tensor | None:
+    """Bring a mask of multiple choice, [questions, choices, T], to the [questions * choices, T] that layers return."""
     return mask.flatten(0, -2) if mask is not None and mask.ndim > 2 else mask
 
 

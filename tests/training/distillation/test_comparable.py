@@ -227,6 +227,7 @@ def states(*shapes: tuple[int, ...]) -> dict[str, Any]:
         ({"hidden_states": torch.zeros(2, 3, 4)}, states((2, 3, 4)), (2, 3), "not tensors of one shape"),
         ({"hidden_states": ((torch.zeros(2, 3, 4),),)}, states((2, 3, 4)), (2, 3), "not tensors of one shape"),
         (states((2, 3, 4)), states((2, 3, 4)), (2, 12), "no mask fits them"),
+        (states((4, 6, 4)), states((4, 6, 4)), (2, 12), "no mask fits them"),
         (states((2, 3, 4)), states((2, 3, 4)), None, "no mask fits them"),
         (states((2, 3, 4)), {"encoder_hidden_states": states((2, 3, 4))["hidden_states"]}, (2, 3), "not returned"),
     ],
