@@ -46,11 +46,11 @@ def kill_at_change(folder: Path, count: int) -> None:
     sys.addaudithook(watch)
 
 
-def train(folder: Path, kill_at: int | None, begun: Any) -> None:
+def train(folder: Path, kill_at: tuple[Path, int] | None, begun: Any) -> None:
     """Begin the run or go on with it, save the final model, and leave the final weights beside it."""
     begin_process()
     if kill_at is not None:
-        kill_at_change(folder, kill_at)
+        kill_at_change(*kill_at)
     trainer = trainer_in(folder / "run")
     trainer.add_callback(Watch(on_train_begin=lambda state: begun.set()))
     try:
