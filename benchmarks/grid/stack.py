@@ -304,11 +304,12 @@ class Stack:
             total = torch.zeros_like(terms["task"])
             for mine, theirs in zip(states[1:], taught[1][1:], strict=True):
                 theirs = theirs[self.stream_of]
-                error, size = (
+                error, size, own = (
                     (torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).square() * share).sum(-1) / x.shape[-1]
-                    for x in (mine - theirs, theirs)
+                    for x in (mine - theirs, theirs, mine.detach())
                 )
-                total = total + torch.where(self.relative[:, None], error / size, error).mean(1)
+                least = torch.maximum(size, 1e-3 * own).clamp(min=torch.finfo(torch.float32).tiny)
+                total = total + torch.where(self.relative[:, None], error / least, error).mean(1)
             terms["hidden"] = total
         return terms
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import logging
 import os
 from collections.abc import Mapping
@@ -155,6 +156,14 @@ def check_depths(student: nn.Module, teacher: nn.Module, config: SparseDistillCo
     for field, weight in (("hidden_weight", hidden_weight), ("attention_weight", config.attention_weight)):
         if not weight:
             continue
+        flag = {"hidden_weight": "output_hidden_states", "attention_weight": "output_attentions"}[field]
+        for model in (student, teacher):
+            if not _takes(model, flag):
+                raise ValueError(
+                    f"{field}={weight} asks both models for what their layers compute, but the forward of "
+                    f"{type(model).__name__} does not take {flag}: add it, as models of transformers have it, or set "
+                    f"{field}=0."
+                )
         asked = f"{field}={weight} compares layer by layer, but the model has"
         if len(own) != len(others):
             raise ValueError(
@@ -171,6 +180,11 @@ def check_depths(student: nn.Module, teacher: nn.Module, config: SparseDistillCo
             check_sides(layers, own)
             for (side, mine), theirs in zip(own.items(), others.values(), strict=True):
                 resolve_layer_map(layers, mine, theirs, side)
+
+
+def _takes(model: nn.Module, name: str) -> bool:
+    parameters = inspect.signature(model.forward).parameters
+    return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 
 def _counts(sides: Mapping[str, int]) -> str:
