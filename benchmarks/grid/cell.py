@@ -86,13 +86,14 @@ def train_cell(cell: Mapping[str, Any], grid: Mapping[str, Any], sources: Source
 
     task, method = grid["tasks"][cell["task"]], dict(grid["methods"][cell["method"]])
     start, epochs = method.pop("start", "dense"), method.pop("epochs", task["epochs"])
+    own = method.pop("model_config", {})
     trainer_class = MovementTrainer if method.pop("movement", False) else SparseDistillTrainer
     set_seed(cell["seed"])
     tokenizer = AutoTokenizer.from_pretrained(sources.model)
     rows = load_rows(cell["task"], task, sources, tokenizer)
     folder = sources.model if start == "pretrained" else str(sources.dense(cell["task"]))
     model = AutoModelForSequenceClassification.from_pretrained(
-        folder, num_labels=len(rows["labels"]), **grid["model_config"]
+        folder, num_labels=len(rows["labels"]), **{**grid["model_config"], **own}
     )
     # The word embeddings are never pruned; trained, they would cost a third of the time.
     model.base_model.embeddings.requires_grad_(False)
@@ -122,7 +123,8 @@ def train_cell(cell: Mapping[str, Any], grid: Mapping[str, Any], sources: Source
         "dev_rows": len(rows["dev"]),
         "dev_truncated": rows["truncated"],
         "sparsity_reached": trainer.pruner.masks.sparsity,
-        "settings": {key: value for key, value in settings.items() if key != "output_dir"},
+        "settings": {**{key: value for key, value in settings.items() if key != "output_dir"},
+                     **({"model_config": own} if own else {})},
         "wall_seconds": round(used[0], 1),
         "cpu_seconds": round(used[1], 1),
         "train": [_pick(logs, ("step", "loss", "learning_rate", "sparsity", "graft_prob", "penalty", "grad_norm",

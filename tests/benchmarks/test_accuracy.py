@@ -63,7 +63,8 @@ def test_every_cell_of_the_committed_grids_is_a_valid_config(file: str) -> None:
     cells = list(accuracy.expand(grid))
     assert cells and len({cell["name"] for cell in cells}) == len(cells)
     for cell in cells:
-        method = {k: v for k, v in grid["methods"][cell["method"]].items() if k not in ("start", "epochs", "movement")}
+        known = ("start", "epochs", "movement", "model_config")
+        method = {k: v for k, v in grid["methods"][cell["method"]].items() if k not in known}
         height, width = cell["block"]
         shape = {"sparsity": cell["sparsity"], "block_height": height, "block_width": width}
         SparseDistillConfig(**{**grid["training"], **shape, **method}, output_dir="out", use_cpu=True)
@@ -152,6 +153,17 @@ def test_a_cell_by_movement_ends_at_its_sparsity_with_other_blocks(sources: Sour
     assert [cell["sparsity_reached"] for cell in found] == [0.5, 0.5]
     losses = [[logs["loss"] for logs in cell["train"]] for cell in found]
     assert losses[0] != losses[1]
+
+
+def test_a_method_may_change_the_model_and_the_cell_says_so(sources: Sources, dense: dict[str, Any]) -> None:
+    grid = small_grid()
+    usual = grid["methods"]["recipe"]
+    grid["methods"]["dropout"] = {**usual, "model_config": {"hidden_dropout_prob": 0.5}}
+    entry = {"task": "sst2", "method": ["recipe", "dropout"], "block": "8x1", "sparsity": 0.5, "seed": 1}
+    usual, other = (train_cell(cell, grid, sources) for cell in accuracy.expand({**grid, "cells": [entry]}))
+    assert "model_config" not in usual["settings"]
+    assert other["settings"]["model_config"] == {"hidden_dropout_prob": 0.5}
+    assert usual["train"][0]["loss"] != other["train"][0]["loss"]
 
 
 def test_the_best_score_counts_only_at_full_sparsity() -> None:
