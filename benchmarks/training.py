@@ -62,7 +62,7 @@ USUAL = {
 # Steps between two updates of the masks, which are the rule; the row "mask update" has one in every step.
 BETWEEN = {"sparsity": SPARSITY, "sparsity_end": 0.9, "mask_updates": 1, "task_weight": 0.5}
 PENALTY = {**BETWEEN, "penalty_weight": 1e-5}
-HIDDEN = {"hidden_weight": 0.1, "hidden_form": "mse"}
+HIDDEN = {"hidden_weight": 1.0}  # with the default form
 
 
 @dataclass(frozen=True, kw_only=True)

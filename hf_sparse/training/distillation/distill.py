@@ -141,10 +141,11 @@ def hidden_loss(
     attention_mask = one_row_per_sample(attention_mask)
     losses = []
     for mine, theirs in zip(student, teacher, strict=True):
-        theirs = theirs.detach().float()
-        error = _per_sample((mine.float() - theirs).square().mean(-1), attention_mask)
+        theirs = theirs.detach()
+        squares = F.mse_loss(mine.float(), theirs.float(), reduction="none").mean(-1)
+        error = _per_sample(squares, attention_mask)
         if form == "relative":
-            size, own = (_per_sample(x.detach().square().mean(-1), attention_mask) for x in (theirs, mine.float()))
+            size, own = (_per_sample(_mean_square(x), attention_mask) for x in (theirs, mine.detach()))
             error = error / torch.maximum(size, 1e-3 * own).clamp(min=torch.finfo(torch.float32).tiny)
         losses.append(error.mean())
     return torch.stack(losses).sum()
@@ -211,6 +212,12 @@ def embedding_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def one_row_per_sample(mask: Tensor | None) -> Tensor | None:
     """Bring a mask of multiple choice, [questions, choices, T], to the [questions * choices, T] that layers return."""
     return mask.flatten(0, -2) if mask is not None and mask.ndim > 2 else mask
+
+
+def _mean_square(states: Tensor) -> Tensor:
+    # A norm reads the states once, in their dtype, and writes nothing of their size.
+    dtype = torch.promote_types(states.dtype, torch.float32)
+    return torch.linalg.vector_norm(states, dim=-1, dtype=dtype).float().square() / states.shape[-1]
 
 
 def _per_sample(error: Tensor, mask: Tensor | None) -> Tensor:
