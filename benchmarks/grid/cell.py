@@ -40,8 +40,9 @@ def load_rows(task: str, settings: Mapping[str, Any], sources: Sources, tokenize
     """Load and tokenise a task.
 
     Args:
-        task: GLUE task.
-        settings: the task's entry in the YAML: train_rows (None = all, else the first ones) and max_length.
+        task: GLUE task, or what the YAML calls one with other settings.
+        settings: the task's entry in the YAML: max_length, train_rows (None = all, else the first ones), and where it
+            is not the name of the task, data: the GLUE task.
         sources: where it is.
         tokenizer: that of the model.
 
@@ -51,6 +52,7 @@ def load_rows(task: str, settings: Mapping[str, Any], sources: Sources, tokenize
     """
     with _examples():
         from glue_data import find_labels, find_text_columns, load_splits, tokenise
+    task = settings.get("data", task)
     files = {split: str(_file(sources.data, task, split)) for split in ("train", "validation")} if sources.data else {}
     raw = load_splits(files, task, None)
     dev_split = "validation" if "validation" in raw else "validation_matched"

@@ -169,7 +169,8 @@ def gap_table(results: Results, tasks: Sequence[str] = LEAD, sparsity: float = 0
 def energy_table(results: Results) -> str:
     """Lay out how much of the dense outputs survives each kind of importance, by kind of linear."""
     lines = ["| linear | task | rms of its input features | magnitude | activation |", "|---|---|--:|--:|--:|"]
-    for task, kinds in results["energy"].items():
+    for task in sorted(set(TRAINED) & set(results["energy"])):
+        kinds = results["energy"][task]
         for kind, row in kinds.items():
             spread = f"{row['input_rms_low']:.2f} to {row['input_rms_high']:.2f}"
             lines.append(f"| {kind} | {task} | {spread} | {row['magnitude']:.0%} | {row['activation']:.0%} |")
