@@ -27,6 +27,7 @@ from benchmarks.layouts.accuracy import (
     LEAD,
     PLAIN,
     RECIPE,
+    ROWS,
     SHAPE,
     SLOWER,
     TRAINED,
@@ -55,7 +56,7 @@ _MARKED = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n)(.*?)(<!-- /table:(?P=
 
 
 def tables(results: Results, trained: Results, cpu: Results, tried: Results) -> dict[str, str]:
-    """Make every table of the page; block shapes of the grid only if they were run."""
+    """Make every table of the page; block shapes of the grid, and more rows, only if they were run."""
     made: dict[str, Callable[[], str]] = {
         "goals": lambda: goals_table(results, trained), "methods": lambda: methods_table(results),
         "sparsity": lambda: sparsity_table(results), "blocks": lambda: blocks_table(results),
@@ -64,10 +65,13 @@ def tables(results: Results, trained: Results, cpu: Results, tried: Results) -> 
         "trainer-sparsity": lambda: sparsity_table(trained, TRAINED, (DEFAULT, PLAIN, RECIPE, FASTER, CONTROL)),
         "trainer-hidden": lambda: methods_table(trained, (LAST,), 0.8),
         "trainer-default": lambda: default_table(trained),
+        "trainer-rows": lambda: sparsity_table(trained, ROWS, (DEFAULT, CONTROL)),
         "trainer-blocks": lambda: blocks_table(trained, ["qnli"]), "trainer-gap": lambda: gap_table(trained, TRAINED),
     }  # fmt: skip
     if not any(tuple(cell["block"]) != SHAPE for cell in select(results)):
         del made["blocks"]
+    if not select(trained, task=ROWS[1], method="dense"):
+        del made["trainer-rows"]
     return {f"accuracy-{name}": make() for name, make in made.items()}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 TASKS, LEAD = ("qnli", "mnli", "mrpc"), ("qnli", "mnli")
 TRAINED, LAST = ("qnli", "sst2"), "sst2"  # tasks of the cells that the trainer itself ran, and the one of them alone
+ROWS = ("sst2", "sst2-40k")  # one task with few rows and with many, in as many steps
 DEFAULT = "default"
 DENSE = ("dense", "dense, as long")  # the second for as many epochs as the pruning takes
 KIN = ("default", "recipe", "fisher")  # how names begin of methods that choose blocks by Fisher information
@@ -122,7 +123,7 @@ def sparsity_table(results: Results, tasks: Sequence[str] = TASKS, methods: Sequ
 
 
 def default_table(
-    trained: Results, methods: Sequence[str] = (DEFAULT, PLAIN), sparsities: Sequence[float] = (0.8, 0.9)
+    trained: Results, methods: Sequence[str] = (DEFAULT, PLAIN), sparsities: Sequence[float] = (0.5, 0.8, 0.9)
 ) -> str:
     """Lay out the default, and what it was, on every task that it was trained on for as long as the grid's cells."""
     tasks = [task for task in LONG if select(trained, task=task, method="dense")]
