@@ -51,7 +51,7 @@ CPU_RESULTS = ROOT / "benchmarks/results/accuracy_cpu.json"
 TRAINER_RESULTS = ROOT / "benchmarks/results/accuracy_trainer.json"
 TRIED = ROOT / "benchmarks/results/accuracy_exploration.json"
 PASSES = {"qnli": "one pass", "sst2": "four passes"}  # of the cells by the trainer
-PAPERS = ("agp+kd", "spd", "reweighted lasso, proximal, kd", "grafting, reweighted lasso, kd")
+PAPERS = ("agp+kd", "agp+kd, grafting", "reweighted lasso, proximal, kd", "grafting, reweighted lasso, kd")
 _MARKED = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n)(.*?)(<!-- /table:(?P=name) -->)", re.DOTALL)
 
 
