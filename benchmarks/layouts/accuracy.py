@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -58,6 +57,18 @@ def select(results: Results, **wanted: Any) -> Cells:
     ]  # fmt: skip
 
 
+def as_long(trained: Results) -> Results:
+    """Give the trainer's cells that took as many passes as those of the grid of stacks, under their plain names."""
+    cells: Cells = []
+    for cell in trained["cells"]:
+        plain = str(cell.get("method", "")).removesuffix(LONG.get(cell["task"], ""))
+        # Dense models have one length each.
+        longer = LONG.get(cell["task"], "") == "" or plain != cell.get("method") or plain in DENSE
+        if cell["task"] in LONG and longer and not plain.endswith(LONGER):
+            cells.append({**cell, "method": plain})
+    return {**trained, "cells": cells}
+
+
 def is_kin(method: str) -> bool:
     """Tell whether a method chooses blocks as the default does, and is a variant of it."""
     return method.startswith(KIN) and not method.endswith(NO_KIN)
@@ -82,9 +93,10 @@ def compare(results: Results, rows: Iterable[tuple[str, Mapping[str, Any]]], tas
     Args:
         results: as `accuracy.collect` gives them.
         rows: (label, what selects the row's cells); rows without any cell are left out.
-        tasks: the columns.
+        tasks: the columns, of those that have a dense model.
         first: heading of the labels.
     """
+    tasks = [task for task in tasks if select(results, task=task, method="dense")]
     lines = [f"| {first} | {' | '.join(task.upper() for task in tasks)} | kept, mean |"]
     lines.append(f"|---|{'--:|' * len(tasks)}--:|")
     made = []
@@ -114,28 +126,12 @@ def methods_table(results: Results, tasks: Sequence[str] = LEAD, sparsity: float
 
 
 def sparsity_table(results: Results, tasks: Sequence[str] = TASKS, methods: Sequence[str] = (RECIPE, CONTROL)) -> str:
-    """Compare the recipe with the control over sparsities, on all tasks."""
+    """Compare methods over sparsities."""
     rows = [
         (f"{method}, {sparsity:.0%}", {"method": method, "block": SHAPE, "sparsity": sparsity})
         for sparsity in (0.5, 0.8, 0.9, 0.95) for method in methods
     ]  # fmt: skip
     return compare(results, rows, tasks, "method, sparsity (8 x 1)")
-
-
-def default_table(
-    trained: Results, methods: Sequence[str] = (DEFAULT, PLAIN), sparsities: Sequence[float] = (0.5, 0.8, 0.9)
-) -> str:
-    """Lay out the default, and what it was, on every task that it was trained on for as long as the grid's cells."""
-    tasks = [task for task in LONG if select(trained, task=task, method="dense")]
-    lines = [f"| trainer, 8 x 1 | {' | '.join(task.upper() for task in tasks)} | kept, mean |"]
-    lines.append(f"|---|{'--:|' * len(tasks)}--:|")
-    for sparsity, method in itertools.product(sparsities, methods):
-        columns = [select(trained, task=t, method=method + LONG[t], block=SHAPE, sparsity=sparsity) for t in tasks]
-        texts = [score_of(cells, trained) if cells else "" for cells in columns]
-        kept = f"{mean(mean(share(c, trained) for c in cells) for cells in columns):.0%}" if all(columns) else ""
-        if any(columns):
-            lines.append(f"| {method}, {sparsity:.0%} | {' | '.join(texts)} | {kept} |")
-    return "\n".join([*lines, *_ends(trained, tasks)])
 
 
 def blocks_table(results: Results, tasks: Sequence[str] = LEAD) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.layouts.accuracy import (
     DEFAULT,
+    DENSE,
     SHAPE,
     Cells,
     Results,
@@ -22,36 +23,46 @@ from benchmarks.layouts.accuracy import (
 
 OURS, OTHERS, MUTED = "#1f6f8b", "#d1603d", "0.45"
 LOWEST = -45.0  # percent: below, a method has lost the task, and how far does not matter
+HIGHEST = 130.0
 
 
-def plot_shares(panels: Sequence[tuple[str, Results, str]], file: Path) -> None:
-    """Draw what is kept of dense - floor against density, a line per method; single cells are points.
+def plot_shares(panels: Sequence[tuple[str, Results, str, Sequence[str]]], file: Path) -> None:
+    """Draw what is kept of dense - floor against density, a line per named method; all others are small crosses.
 
     Args:
-        panels: (title, results, task).
+        panels: (title, results, task, methods to name); those without a cell are left out.
         file: a PNG.
     """
     import matplotlib.pyplot as plt
 
-    figure, all_axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.6), sharey=True, squeeze=False)
+    columns = min(len(panels), 3)
+    size = (4.6 * columns, 4.4 * -(-len(panels) // columns))
+    figure, all_axes = plt.subplots(-(-len(panels) // columns), columns, figsize=size, sharey=True, squeeze=False)
     colours: dict[str, str] = {}  # a method's, in all panels
-    for axes, (title, results, task) in zip(all_axes[0], panels, strict=True):
+    for axes in all_axes.flat[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (title, results, task, named) in zip(all_axes.flat, panels, strict=False):
         cells = [cell for cell in select(results, task=task, block=SHAPE) if cell["sparsity"]]
-        lines = {m: _kept_by_density(m, cells, results) for m in dict.fromkeys(cell["method"] for cell in cells)}
-        drawn = {method: line for method, line in lines.items() if len(line) > 1}
-        for method, line in drawn.items():
+        methods = dict.fromkeys(cell["method"] for cell in cells)
+        for method in [name for name in named if name in methods]:
+            line = [(x, max(y, LOWEST)) for x, y in _kept_by_density(method, cells, results)]
             colour = colours.setdefault(method, f"C{len(colours)}")
             axes.plot(*zip(*line, strict=True), "-o", color=colour, label=method, alpha=0.9)
-        single = [line[0] for method, line in lines.items() if method not in drawn and line[0][1] > LOWEST]
+            lost = [point for point in line if point[1] == LOWEST]
+            if lost:
+                axes.plot(*zip(*lost, strict=True), "v", color=colour, markersize=11, clip_on=False)
+        rest = [_kept_by_density(m, cells, results) for m in methods_of(results, task=task) if m not in named]
+        single = [point for line in rest for point in line if point[1] > LOWEST]
         if single:
-            axes.plot(*zip(*single, strict=True), "x", color=MUTED, label="other methods, one sparsity each")
+            axes.plot(*zip(*single, strict=True), "x", color=MUTED, markersize=4, label="other methods")
         axes.axhline(0, color="0.3", linewidth=0.8)
         axes.axhline(100, color="0.3", linewidth=0.8, linestyle=":")
-        axes.set(title=title, xlabel="density", xscale="log", xlim=(0.045, 0.56), ylim=(LOWEST, 108))
+        axes.set(title=title, xlabel="density", xscale="log", xlim=(0.045, 0.56), ylim=(LOWEST, HIGHEST))
         axes.set_xticks([0.05, 0.1, 0.2, 0.5], ["5%", "10%", "20%", "50%"])
         axes.minorticks_off()
         axes.legend(fontsize=7, loc="lower right")
-    all_axes[0][0].set_ylabel("kept of dense - floor (%), 8 x 1 blocks")
+    for axes in all_axes[:, 0]:
+        axes.set_ylabel("kept of dense - floor (%), 8 x 1 blocks\ntriangles: below the axis")
     _save(figure, file)
 
 
@@ -65,11 +76,13 @@ def plot_methods(panels: Sequence[tuple[str, Results, str]], file: Path, sparsit
     """
     import matplotlib.pyplot as plt
 
-    found = [_scores_of_methods(results, task, sparsity) for _, results, task in panels]
-    rows = max(len(scores) for scores in found)
-    size = (8.0 * len(panels), 1.1 + 0.24 * rows)
-    figure, all_axes = plt.subplots(1, len(panels), figsize=size, squeeze=False)
-    for axes, scores, (title, results, task) in zip(all_axes[0], found, panels, strict=True):
+    found = [(*panel, _scores_of_methods(*panel[1:], sparsity)) for panel in panels]
+    found = [panel for panel in found if panel[3]]
+    rows = [len(scores) + 4 for *_, scores in found]
+    figure, all_axes = plt.subplots(
+        len(found), 1, figsize=(9.0, 0.22 * sum(rows)), squeeze=False, height_ratios=rows
+    )  # fmt: skip
+    for axes, (title, results, task, scores) in zip(all_axes[:, 0], found, strict=True):
         for row, (method, values) in enumerate(scores):
             colour = OURS if is_kin(method) else OTHERS
             axes.hlines(row, min(values), max(values), color=colour, linewidth=2)
@@ -81,7 +94,7 @@ def plot_methods(panels: Sequence[tuple[str, Results, str]], file: Path, sparsit
         axes.set_yticks(
             range(len(scores)), [f"{m}, {len(v)} seeds" if len(v) > 1 else m for m, v in scores], fontsize=8
         )
-        axes.set(ylim=(rows - 0.4, -1), xlabel="accuracy on all dev rows (%)")
+        axes.set(ylim=(len(scores) - 0.4, -1), xlabel="accuracy on all dev rows (%)")
         axes.set_title(title, pad=14, fontsize=11)
         axes.grid(axis="x", color="0.9")
         axes.set_axisbelow(True)
@@ -89,10 +102,10 @@ def plot_methods(panels: Sequence[tuple[str, Results, str]], file: Path, sparsit
 
 
 def plot_courses(panels: Sequence[tuple[str, Results, str, Sequence[str]]], file: Path, sparsity: float = 0.9) -> None:
-    """Draw the loss on dev rows and on known training rows over the steps, of the first seed.
+    """Draw the loss on dev rows and on known training rows over the steps, mean over seeds.
 
     Args:
-        panels: (title, results, task, methods); methods without a cell are left out.
+        panels: (title, results, task, methods); those without a cell are left out, dense ones have no sparsity.
         file: a PNG.
         sparsity: of all cells.
     """
@@ -101,12 +114,18 @@ def plot_courses(panels: Sequence[tuple[str, Results, str, Sequence[str]]], file
     figure, all_axes = plt.subplots(1, len(panels), figsize=(5.6 * len(panels), 5.0), squeeze=False)
     colours: dict[str, str] = {}
     for axes, (title, results, task, methods) in zip(all_axes[0], panels, strict=True):
-        groups = [(m, select(results, task=task, method=m, block=SHAPE, sparsity=sparsity)) for m in methods]
-        for method, cells in ((m, cells) for m, cells in groups if cells):
-            at, colour = cells[0]["dev"], colours.setdefault(method, f"C{len(colours)}")
-            steps = [entry["step"] for entry in at]
-            axes.plot(steps, [e["dev_loss"] for e in at], marker="o", color=colour, label=method)
-            axes.plot(steps, [e["train_loss"] for e in at], marker=".", linestyle="--", color=colour)
+        for method in methods:
+            wanted = {} if method in DENSE else {"block": SHAPE, "sparsity": sparsity}
+            courses = [cell["dev"] for cell in select(results, task=task, method=method, **wanted)]
+            if not courses:
+                continue
+            dense = method in DENSE
+            colour = "0.5" if dense else colours.setdefault(method, f"C{len(colours)}")
+            steps = [entry["step"] for entry in courses[0]]
+            for key, style in (("dev_loss", "-o"), ("train_loss", "--")):
+                losses = [mean(entry[key] for entry in at) for at in zip(*courses, strict=True)]
+                label = f"{method}, {len(courses)} seeds" if len(courses) > 1 else method
+                axes.plot(steps, losses, style, markersize=5, color=colour, label=label if style == "-o" else None)
         axes.set(title=title, xlabel="steps", ylim=(0, None))
         axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
     all_axes[0][0].set_ylabel("task loss: dev (solid), training rows (dashed)")
