@@ -149,7 +149,9 @@ def _graft_prob(config: ScheduleConfig, step: int, total_steps: int) -> float:
     hold, end = round(config.graft_hold * total_steps, 6), round(config.graft_end * total_steps, 6)
     if step >= end:
         return 1.0
-    return config.graft_start + (1.0 - config.graft_start) * max(0.0, step - hold) / (end - hold)
+    if step <= hold:  # also where there is no ramp, because hold and end are one
+        return config.graft_start
+    return config.graft_start + (1.0 - config.graft_start) * (step - hold) / (end - hold)
 
 
 def _coef_update_steps(config: ScheduleConfig, total_steps: int) -> list[int]:

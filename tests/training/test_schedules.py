@@ -117,6 +117,12 @@ def test_graft_probability_is_held_and_then_rises_to_1() -> None:
     assert plan_step(settings, 15, 20).graft_prob == 1.0
 
 
+@pytest.mark.parametrize(("edge", "expected"), [(0.0, [1.0] * 8), (0.5, [0.4] * 4 + [1.0] * 4), (1.0, [0.4] * 8)])
+def test_graft_probability_without_a_ramp(edge: float, expected: list[float]) -> None:
+    settings = config(graft_start=0.4, graft_hold=edge, graft_end=edge)
+    assert [plan_step(settings, step, 8).graft_prob for step in range(8)] == expected
+
+
 def test_no_grafting_by_default() -> None:
     assert all(plan_step(config(), step, 9).graft_prob == 1.0 for step in range(9))
 
