@@ -63,7 +63,7 @@ def test_every_cell_of_the_committed_grids_is_a_valid_config(file: str) -> None:
     cells = list(accuracy.expand(grid))
     assert cells and len({cell["name"] for cell in cells}) == len(cells)
     for cell in cells:
-        known = ("start", "epochs", "movement", "model_config")
+        known = ("start", "epochs", "movement", "model_config", "regroup")
         method = {k: v for k, v in grid["methods"][cell["method"]].items() if k not in known}
         height, width = cell["block"]
         shape = {"sparsity": cell["sparsity"], "block_height": height, "block_width": width}
