@@ -1,7 +1,8 @@
 """How much of the score blocks keep, with rows as they lie and regrouped into bands, before any training.
 
-Scores are Fisher information of the dense models of the accuracy grid, over batches of their task; the rows of each
-height are regrouped for the sparsity at which they are measured. Single weights, 1 x 1, are what no grouping exceeds.
+Scores are Fisher information of the dense models of the accuracy grid, over batches of their task. Rows are regrouped
+for the height and sparsity at which they are measured, and by the scores of other batches: a search also fits noise,
+and training ranks by gradients of its own. Single weights, 1 x 1, are what no grouping exceeds.
 
 Usage: python benchmarks/regrouping.py --model MINILM --data GLUE --dense FOLDER [--out FILE]
 
@@ -40,31 +41,36 @@ GRID = accuracy.GRID.with_name("accuracy_trainer.yaml")
 TASKS, SPARSITIES, HEIGHTS = ("qnli", "sst2"), (0.5, 0.8, 0.9, 0.95), (8, 32)
 
 
-def measure(model: nn.Module, scores: Mapping[str, Tensor], sparsity: float) -> list[dict[str, Any]]:
+def measure(
+    model: nn.Module, searched: Mapping[str, Tensor], fresh: Mapping[str, Tensor], sparsity: float
+) -> list[dict[str, Any]]:
     """Measure one model at one sparsity.
 
     Args:
         model: unchanged.
-        scores: {name: [O, I]} of its linears.
-        sparsity: of all of them together.
+        searched: {name: [O, I]} scores of its linears by which orders are searched for.
+        fresh: those by which blocks are chosen and measured.
+        sparsity: of all linears together.
 
     Returns:
-        One row per height, and for bands per order: {"height", "regrouped", "seconds" of the search, "kept": share of
-        the score by kind of linear}.
+        One row for single weights, one per height and order: {"height", "regrouped", "seconds" of the search, "kept":
+        share of the score by kind of linear, "kept_searched": of all, by the scores that were searched}.
     """
-    rows: list[dict[str, Any]] = [
-        {"height": 1, "regrouped": False, "seconds": 0.0, "kept": kept_scores(scores, 1, sparsity)}
-    ]
-    for height in HEIGHTS:
-        rows.append(
-            {"height": height, "regrouped": False, "seconds": 0.0, "kept": kept_scores(scores, height, sparsity)}
-        )
-        start = time.process_time()
-        orders = find_orders(model, scores, height, sparsity)
-        seconds = round(time.process_time() - start, 1)
-        kept = kept_scores(scores, height, sparsity, orders)
-        rows.append({"height": height, "regrouped": True, "seconds": seconds, "kept": kept})
-    return [{**row, "kept": {key: round(share, 4) for key, share in row["kept"].items()}} for row in rows]
+    rows = []
+    for height in (1, *HEIGHTS):
+        for regrouped in (False, True)[: 1 if height == 1 else 2]:
+            start = time.process_time()
+            orders = find_orders(model, searched, height, sparsity) if regrouped else None
+            seconds = round(time.process_time() - start, 1)
+            kept, before = (kept_scores(scores, height, sparsity, orders) for scores in (fresh, searched))
+            rows.append(
+                {
+                    "height": height, "regrouped": regrouped, "seconds": seconds,
+                    "kept": {key: round(share, 4) for key, share in kept.items()},
+                    "kept_searched": round(before["all"], 4),
+                }
+            )  # fmt: skip
+    return rows
 
 
 def main(arguments: list[str]) -> None:
@@ -88,13 +94,14 @@ def main(arguments: list[str]) -> None:
     for task in TASKS:
         rows = load_rows(task, grid["tasks"][task], sources, tokenizer)["train"]
         model = AutoModelForSequenceClassification.from_pretrained(given.dense / task, **grid["model_config"])
-        batches = draw_batches(rows, DataCollatorWithPadding(tokenizer))
-        scores = measure_scores(model, batches, grid["training"]["bf16"])
+        batches = list(draw_batches(rows, DataCollatorWithPadding(tokenizer), 2 * BATCHES))
+        halves = batches[: len(batches) // 2], batches[len(batches) // 2 :]
+        searched, fresh = (measure_scores(model, half, grid["training"]["bf16"]) for half in halves)
         for sparsity in SPARSITIES:
-            for row in measure(model, scores, sparsity):
+            for row in measure(model, searched, fresh, sparsity):
                 results["rows"].append({"task": task, "sparsity": sparsity, **row})
-                order = "regrouped" if row["regrouped"] else ""
-                print(f"{task} {sparsity:.0%} {row['height']:>2} x 1 {order:<9} {row['kept']['all']:.1%}", flush=True)
+                shares = f"{row['kept']['all']:.1%}, {row['kept_searched']:.1%} by the scores searched"
+                print(f"{task} {sparsity:.0%} {row['height']} x 1 {row['regrouped']}: {shares}", flush=True)
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
