@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.grid.movement import MovementTrainer
+from benchmarks.grid.regrouping import draw_batches, measure_scores, regroup
 from hf_sparse import SparseDistillConfig, SparseDistillTrainer
 
 ROOT = Path(__file__).parents[2]
@@ -88,7 +89,7 @@ def train_cell(cell: Mapping[str, Any], grid: Mapping[str, Any], sources: Source
 
     task, method = grid["tasks"][cell["task"]], dict(grid["methods"][cell["method"]])
     start, epochs = method.pop("start", "dense"), method.pop("epochs", task["epochs"])
-    own = method.pop("model_config", {})
+    own, regrouped = method.pop("model_config", {}), method.pop("regroup", False)
     trainer_class = MovementTrainer if method.pop("movement", False) else SparseDistillTrainer
     set_seed(cell["seed"])
     tokenizer = AutoTokenizer.from_pretrained(sources.model)
@@ -97,6 +98,11 @@ def train_cell(cell: Mapping[str, Any], grid: Mapping[str, Any], sources: Source
     model = AutoModelForSequenceClassification.from_pretrained(
         folder, num_labels=len(rows["labels"]), **{**grid["model_config"], **own}
     )
+    collate = DataCollatorWithPadding(tokenizer)
+    if regrouped:  # before the trainer copies the teacher from it: both are one function, in the same order
+        batches = draw_batches(rows["train"], collate)
+        weights = measure_scores(model, batches, grid["training"]["bf16"])
+        regroup(model, weights, cell["block"][0], cell["sparsity"])
     # The word embeddings are never pruned; trained, they would cost a third of the time.
     model.base_model.embeddings.requires_grad_(False)
     steps = -(-len(rows["train"]) // grid["training"]["per_device_train_batch_size"]) * epochs
@@ -110,7 +116,7 @@ def train_cell(cell: Mapping[str, Any], grid: Mapping[str, Any], sources: Source
     known = rows["train"].select(range(min(grid["train_probe_rows"], len(rows["train"]))))
     trainer = trainer_class(
         model=model, args=args, train_dataset=rows["train"], eval_dataset={"dev": rows["dev"], "train": known},
-        processing_class=tokenizer, data_collator=DataCollatorWithPadding(tokenizer), compute_metrics=_accuracy,
+        processing_class=tokenizer, data_collator=collate, compute_metrics=_accuracy,
     )  # fmt: skip
     wall, cpu = time.perf_counter(), time.process_time()
     trainer.train()
@@ -126,7 +132,7 @@ def train_cell(cell: Mapping[str, Any], grid: Mapping[str, Any], sources: Source
         "dev_truncated": rows["truncated"],
         "sparsity_reached": trainer.pruner.masks.sparsity,
         "settings": {**{key: value for key, value in settings.items() if key != "output_dir"},
-                     **({"model_config": own} if own else {})},
+                     **({"model_config": own} if own else {}), **({"regroup": True} if regrouped else {})},
         "wall_seconds": round(used[0], 1),
         "cpu_seconds": round(used[1], 1),
         "train": [_pick(logs, ("step", "loss", "learning_rate", "sparsity", "graft_prob", "penalty", "grad_norm",
