@@ -1,4 +1,4 @@
-"""Write the tables and plots of docs/accuracy.md from the JSON files results/accuracy*.json.
+"""Write the tables and plots of docs/accuracy.md from the JSON files results/accuracy*.json, and regrouping.json.
 
 Usage: python benchmarks/accuracy_report.py [--check]
 
@@ -44,19 +44,23 @@ from benchmarks.layouts.accuracy import (
 )
 from benchmarks.layouts.accuracy_goals import goals_table
 from benchmarks.layouts.accuracy_plots import plot_courses, plot_methods, plot_shares
+from benchmarks.layouts.regrouping import regrouping_table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks/results/accuracy.json", ROOT / "docs/accuracy.md"
 CPU_RESULTS = ROOT / "benchmarks/results/accuracy_cpu.json"
 TRAINER_RESULTS = ROOT / "benchmarks/results/accuracy_trainer.json"
 TRIED = ROOT / "benchmarks/results/accuracy_exploration.json"
+REGROUPING = ROOT / "benchmarks/results/regrouping.json"
 PASSES = {"qnli": "one pass", "sst2": "four passes"}  # of the cells by the trainer
 PAPERS = ("agp+kd", "agp+kd, grafting", "reweighted lasso, proximal, kd", "grafting, reweighted lasso, kd")
 _MARKED = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n)(.*?)(<!-- /table:(?P=name) -->)", re.DOTALL)
 
 
-def tables(results: Results, trained: Results, cpu: Results, tried: Results) -> dict[str, str]:
-    """Make every table of the page; block shapes of the grid, and more rows, only if they were run."""
+def tables(
+    results: Results, trained: Results, cpu: Results, tried: Results, regrouping: Results | None = None
+) -> dict[str, str]:
+    """Make every table of the page; block shapes of the grid, more rows and regrouped ones, only if they were run."""
     made: dict[str, Callable[[], str]] = {
         "goals": lambda: goals_table(results, trained), "methods": lambda: methods_table(results),
         "sparsity": lambda: sparsity_table(results), "blocks": lambda: blocks_table(results),
@@ -72,6 +76,8 @@ def tables(results: Results, trained: Results, cpu: Results, tried: Results) -> 
         del made["blocks"]
     if not select(trained, task=ROWS[1], method="dense"):
         del made["trainer-rows"]
+    if regrouping is not None:
+        made["regrouping"] = lambda: regrouping_table(regrouping)
     return {f"accuracy-{name}": make() for name, make in made.items()}
 
 
@@ -89,10 +95,10 @@ def fill(text: str, made: Mapping[str, str]) -> str:
 
 def main(arguments: list[str]) -> int:
     """Renew page and plots, or with --check only tell whether the tables are up to date."""
-    files = (RESULTS, TRAINER_RESULTS, CPU_RESULTS, TRIED)
-    results, trained, cpu, tried = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+    files = (RESULTS, TRAINER_RESULTS, CPU_RESULTS, TRIED, REGROUPING)
+    results, trained, cpu, tried, regrouping = (json.loads(file.read_text(encoding="utf-8")) for file in files)
     old = PAGE.read_text(encoding="utf-8")
-    new = fill(old, tables(results, trained, cpu, tried))
+    new = fill(old, tables(results, trained, cpu, tried, regrouping))
     if "--check" in arguments:
         return int(new != old)
     PAGE.write_text(new, encoding="utf-8")
