@@ -1,4 +1,4 @@
-"""Write the tables and plots of docs/accuracy.md from the JSON files results/accuracy*.json.
+"""Write the tables and plots of docs/accuracy.md from the JSON files results/accuracy*.json, and regrouping.json.
 
 Usage: python benchmarks/accuracy_report.py [--check]
 
@@ -23,7 +23,6 @@ from benchmarks.layouts.accuracy import (
     CONTROL,
     DEFAULT,
     DENSE,
-    FASTER,
     LAST,
     LEAD,
     LONG,
@@ -46,12 +45,14 @@ from benchmarks.layouts.accuracy import (
 )
 from benchmarks.layouts.accuracy_goals import goals_table
 from benchmarks.layouts.accuracy_plots import plot_courses, plot_methods, plot_shares
+from benchmarks.layouts.regrouping import regrouping_table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks/results/accuracy.json", ROOT / "docs/accuracy.md"
 CPU_RESULTS = ROOT / "benchmarks/results/accuracy_cpu.json"
 TRAINER_RESULTS = ROOT / "benchmarks/results/accuracy_trainer.json"
 TRIED = ROOT / "benchmarks/results/accuracy_exploration.json"
+REGROUPING = ROOT / "benchmarks/results/regrouping.json"
 PASSES = {"qnli": "one pass", "sst2": "four passes"}  # of the cells by the trainer
 PAPERS = (
     "agp+kd",
@@ -63,25 +64,30 @@ PAPERS = (
 _MARKED = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n)(.*?)(<!-- /table:(?P=name) -->)", re.DOTALL)
 
 
-def tables(results: Results, trained: Results, cpu: Results, tried: Results) -> dict[str, str]:
-    """Make every table of the page; block shapes of the grid, and more rows, only if they were run."""
+def tables(
+    results: Results, trained: Results, cpu: Results, tried: Results, regrouping: Results | None = None
+) -> dict[str, str]:
+    """Make every table of the page; block shapes of the grid, more rows and regrouped ones, only if they were run."""
     long = as_long(trained)
     made: dict[str, Callable[[], str]] = {
         "goals": lambda: goals_table(results, trained), "methods": lambda: methods_table(results),
         "sparsity": lambda: sparsity_table(results), "blocks": lambda: blocks_table(results),
         "gap": lambda: gap_table(results), "energy": lambda: energy_table(cpu), "cpu": lambda: short_table(cpu),
-        "tried": lambda: tried_table(tried), "trainer-methods": lambda: methods_table(trained, TRAINED),
-        "trainer-sparsity": lambda: sparsity_table(trained, TRAINED, (DEFAULT, PLAIN, RECIPE, FASTER, CONTROL)),
-        "trainer-hidden": lambda: methods_table(trained, (LAST,), 0.8),
+        "tried": lambda: tried_table(tried),
         "trainer-long": lambda: methods_table(long, tuple(LONG)),
-        "trainer-default": lambda: sparsity_table(long, tuple(LONG), (DEFAULT, PLAIN, CONTROL)),
-        "trainer-rows": lambda: sparsity_table(trained, ROWS, (DEFAULT, CONTROL)),
-        "trainer-blocks": lambda: blocks_table(trained, ["qnli"]), "trainer-gap": lambda: gap_table(trained, TRAINED),
+        "trainer-pass": lambda: methods_table(trained, ("qnli",)),
+        "trainer-sparsity": lambda: sparsity_table(long, tuple(LONG), (DEFAULT, PLAIN, RECIPE, CONTROL)),
+        "trainer-hidden": lambda: methods_table(trained, (LAST,), 0.8),
+        "trainer-rows": lambda: sparsity_table(trained, ROWS, (DEFAULT, CONTROL), (0.9,)),
+        "trainer-blocks": lambda: blocks_table(trained, ["qnli"]),
+        "trainer-gap": lambda: gap_table(long, ("qnli", "mnli", LAST)),
     }  # fmt: skip
     if not any(tuple(cell["block"]) != SHAPE for cell in select(results)):
         del made["blocks"]
     if not select(trained, task=ROWS[1], method="dense"):
         del made["trainer-rows"]
+    if regrouping is not None:
+        made["regrouping"] = lambda: regrouping_table(regrouping)
     return {f"accuracy-{name}": make() for name, make in made.items()}
 
 
@@ -99,10 +105,10 @@ def fill(text: str, made: Mapping[str, str]) -> str:
 
 def main(arguments: list[str]) -> int:
     """Renew page and plots, or with --check only tell whether the tables are up to date."""
-    files = (RESULTS, TRAINER_RESULTS, CPU_RESULTS, TRIED)
-    results, trained, cpu, tried = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+    files = (RESULTS, TRAINER_RESULTS, CPU_RESULTS, TRIED, REGROUPING)
+    results, trained, cpu, tried, regrouping = (json.loads(file.read_text(encoding="utf-8")) for file in files)
     old = PAGE.read_text(encoding="utf-8")
-    new = fill(old, tables(results, trained, cpu, tried))
+    new = fill(old, tables(results, trained, cpu, tried, regrouping))
     if "--check" in arguments:
         return int(new != old)
     PAGE.write_text(new, encoding="utf-8")

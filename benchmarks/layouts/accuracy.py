@@ -14,7 +14,6 @@ DENSE = ("dense", "dense, as long")  # the second for as many epochs as the prun
 KIN = ("default", "recipe", "fisher")  # how names begin of methods that choose blocks by Fisher information
 NO_KIN = ("by magnitude", "by activation")  # how names end of those that do not, for all that
 RECIPE, CONTROL, SLOWER, SHAPE = "recipe", "agp+kd", "agp+kd, half the learning rate", (8, 1)
-FASTER = "recipe, 8e-4"  # among the trainer's cells, whose rate is 4e-4
 PLAIN = "default, no hidden states"
 LONGER = "passes"  # how names end of cells that took longer than others of their task: not compared with them
 # Follows a name where the trainer took as long as the grid of stacks; its other cells of QNLI have one pass.
@@ -97,39 +96,50 @@ def compare(results: Results, rows: Iterable[tuple[str, Mapping[str, Any]]], tas
         first: heading of the labels.
     """
     tasks = [task for task in tasks if select(results, task=task, method="dense")]
-    lines = [f"| {first} | {' | '.join(task.upper() for task in tasks)} | kept, mean |"]
-    lines.append(f"|---|{'--:|' * len(tasks)}--:|")
-    made = []
-    for label, wanted in rows:
-        columns = [select(results, task=task, **wanted) for task in tasks]
-        if any(columns):
-            kept = mean_share(results, tasks, **wanted)
-            texts = [score_of(cells, results) if cells else "" for cells in columns]
-            made.append((kept, f"| {label} | {' | '.join(texts)} | {'' if kept is None else f'{kept:.0%}'} |"))
-    return "\n".join([*lines, *(text for _, text in made), *_ends(results, tasks)])
+    rows_of = [(label, [select(results, task=task, **wanted) for task in tasks]) for label, wanted in rows]
+    table = [[first, *(task.upper() for task in tasks), "kept, mean"], ["---", *["--:"] * len(tasks), "--:"]]
+    for label, columns in rows_of:
+        texts = [score_of(cells, results) if cells else "" for cells in columns]
+        kept = [mean(share(cell, results) for cell in cells) for cells in columns if cells]
+        if kept:
+            table.append([label, *texts, f"{mean(kept):.0%}" if len(kept) == len(tasks) else ""])
+    for label, scores, kept_text in (
+        ("*dense*", [dense_score(task, results) for task in tasks], "100%"),
+        ("*floor*", [results["floors"][task]["accuracy"] for task in tasks], "0%"),
+    ):
+        table.append([label, *(f"{100 * score:.1f}" for score in scores), kept_text])
+    # Of one task the mean says nothing new.
+    return "\n".join(_row(row if len(tasks) > 1 else row[:-1]) for row in table)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"|{'|'.join(cells)}|" if cells[0] == "---" else f"| {' | '.join(cells)} |"
 
 
 def methods_table(results: Results, tasks: Sequence[str] = LEAD, sparsity: float = 0.9) -> str:
-    """Compare all methods at one sparsity in the default blocks, best first; those last that miss a task."""
+    """Compare all methods at one sparsity in the default blocks, best first; those last that miss tasks."""
     methods = [
         method for method in methods_of(results, block=SHAPE, sparsity=sparsity)
         if any(select(results, task=task, method=method, block=SHAPE, sparsity=sparsity) for task in tasks)
     ]  # fmt: skip
     chosen = {m: {"method": m, "block": SHAPE, "sparsity": sparsity} for m in methods}
 
-    def rank(method: str) -> tuple[bool, float]:
+    def rank(method: str) -> tuple[int, float]:
         known = [kept for task in tasks if (kept := mean_share(results, [task], **chosen[method])) is not None]
-        return len(known) < len(tasks), -mean(known) if known else 0.0
+        return -len(known), -mean(known) if known else 0.0
 
     rows = [(method, chosen[method]) for method in sorted(methods, key=rank)]
     return compare(results, rows, tasks, f"method, {sparsity:.0%}, 8 x 1")
 
 
-def sparsity_table(results: Results, tasks: Sequence[str] = TASKS, methods: Sequence[str] = (RECIPE, CONTROL)) -> str:
+def sparsity_table(
+    results: Results, tasks: Sequence[str] = TASKS, methods: Sequence[str] = (RECIPE, CONTROL),
+    sparsities: Sequence[float] = (0.5, 0.8, 0.9, 0.95),
+) -> str:  # fmt: skip
     """Compare methods over sparsities."""
     rows = [
         (f"{method}, {sparsity:.0%}", {"method": method, "block": SHAPE, "sparsity": sparsity})
-        for sparsity in (0.5, 0.8, 0.9, 0.95) for method in methods
+        for sparsity in sparsities for method in methods
     ]  # fmt: skip
     return compare(results, rows, tasks, "method, sparsity (8 x 1)")
 
@@ -197,12 +207,6 @@ def tried_table(results: Results) -> str:
             f"| {label} | {100 * cell['last']:.1f} | {share(cell, results):.0%} | {100 * cell['train_last']:.1f} |"
         )
     return "\n".join(lines)
-
-
-def _ends(results: Results, tasks: Sequence[str]) -> list[str]:
-    dense = [f"{100 * dense_score(task, results):.1f}" for task in tasks]
-    floors = [f"{100 * results['floors'][task]['accuracy']:.1f}" for task in tasks]
-    return [f"| *dense* | {' | '.join(dense)} | 100% |", f"| *floor* | {' | '.join(floors)} | 0% |"]
 
 
 def mean(values: Iterable[float]) -> float:
