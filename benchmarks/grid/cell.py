@@ -91,6 +91,10 @@ def train_cell(cell: Mapping[str, Any], grid: Mapping[str, Any], sources: Source
     start, epochs = method.pop("start", "dense"), method.pop("epochs", task["epochs"])
     own, regrouped = method.pop("model_config", {}), method.pop("regroup", False)
     trainer_class = MovementTrainer if method.pop("movement", False) else SparseDistillTrainer
+    if regrouped and cell["block"][1] != 1:
+        raise ValueError(
+            f"regroup makes bands of rows for blocks of h x 1, not for {' x '.join(map(str, cell['block']))}."
+        )
     set_seed(cell["seed"])
     tokenizer = AutoTokenizer.from_pretrained(sources.model)
     rows = load_rows(cell["task"], task, sources, tokenizer)

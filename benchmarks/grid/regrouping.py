@@ -121,12 +121,18 @@ def find_orders(model: nn.Module, scores: Scores, height: int = 8, sparsity: flo
     Args:
         model: says what may move; unchanged.
         scores: {name: [O, I]}.
-        height: of the bands; parts that it does not divide stay as they are.
+        height: of the bands; divides every linear, and parts that it does not divide stay as they are.
         sparsity: of all linears together.
 
     Returns:
         {name: [O], a permutation} of all linears whose rows may move.
+
+    Raises:
+        ValueError: if the height does not divide a linear.
     """
+    for name, score in scores.items():
+        if len(score) % height:
+            raise ValueError(f"height={height} does not divide the {len(score)} rows of {name}: use one that does.")
     orders = {name: torch.arange(len(scores[name])) for movable in movables(model) for name in movable.rows}
     found = [orders]
     for _ in range(_ROUNDS):

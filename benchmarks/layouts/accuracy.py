@@ -8,7 +8,7 @@ from typing import Any
 
 TASKS, LEAD = ("qnli", "mnli", "mrpc"), ("qnli", "mnli")
 TRAINED, LAST = ("qnli", "sst2"), "sst2"  # tasks of the cells that the trainer itself ran, and the one of them alone
-ROWS = ("sst2", "sst2-40k")  # one task with few rows and with many, in as many steps
+ROWS = ("sst2", "sst2-40k")  # one task with few rows and with many, pruned in as many steps
 DEFAULT = "default"
 DENSE = ("dense", "dense, as long")  # the second for as many epochs as the pruning takes
 KIN = ("default", "recipe", "fisher")  # how names begin of methods that choose blocks by Fisher information

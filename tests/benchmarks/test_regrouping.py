@@ -192,6 +192,27 @@ def test_the_command_measures_both_orders_of_both_heights(
         assert len(row["kept"]) == 7 and all(0.0 <= share <= 1.0 for share in row["kept"].values())
 
 
+def test_orders_are_searched_by_other_scores_than_they_are_measured_by() -> None:
+    model = make_model()
+    searched, fresh = (measure_scores(model, make_batches(count)) for count in (1, 3))
+    rows = {(row["height"], row["regrouped"]): row for row in regrouping.measure(model, searched, fresh, 0.9)}
+    orders = find_orders(model, searched, 8, 0.9)
+    found = rows[8, True]
+    assert found["kept"]["all"] == pytest.approx(kept_scores(fresh, 8, 0.9, orders)["all"], abs=1e-4)
+    assert found["kept_searched"] == pytest.approx(kept_scores(searched, 8, 0.9, orders)["all"], abs=1e-4)
+    assert found["kept"]["all"] != pytest.approx(found["kept_searched"], abs=1e-3)
+    assert found["kept"]["all"] < kept_scores(fresh, 8, 0.9, find_orders(model, fresh, 8, 0.9))["all"] - 1e-3
+
+
+def test_bands_that_do_not_divide_the_linears_are_refused(sources: Sources) -> None:
+    with pytest.raises(ValueError, match=r"height=12 does not divide the \d+ rows of bert\.encoder"):
+        regroup(make_model(), measure_scores(make_model(), make_batches()), 12)
+    grid = accuracy.load_grid(accuracy.GRID.with_name("accuracy_trainer.yaml"))
+    entry = {"task": "sst2", "method": "default, regrouped", "block": "4x4", "sparsity": 0.5, "seed": 1}
+    with pytest.raises(ValueError, match=r"regroup makes bands of rows for blocks of h x 1, not for 4 x 4"):
+        train_cell(next(accuracy.expand({**grid, "cells": [entry]})), grid, sources)
+
+
 def test_the_table_has_all_linears_at_each_sparsity_and_kinds_at_90() -> None:
     shapes = [(1, False, 0.9), (8, False, 0.7), (8, True, 0.8), (32, False, 0.6), (32, True, 0.75)]
     rows: list[dict[str, Any]] = [

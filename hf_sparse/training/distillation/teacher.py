@@ -183,7 +183,11 @@ def check_depths(student: nn.Module, teacher: nn.Module, config: SparseDistillCo
 
 
 def _takes(model: nn.Module, name: str) -> bool:
-    parameters = inspect.signature(model.forward).parameters
+    try:
+        # Of what is called: a decorator may know arguments that the forward inside it does not.
+        parameters = inspect.signature(model.forward, follow_wrapped=False).parameters
+    except (TypeError, ValueError):
+        return True  # not known, as of scripted modules: the call tells
     return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from transformers import BertForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import hf_sparse
+from hf_sparse import SparseDistillConfig
 from hf_sparse.hub.card import facts_from_folder
 from hf_sparse.training.distillation.comparable import why_not_alike
+from hf_sparse.training.distillation.teacher import check_depths
 from tests.training.families import family_batch, family_model, family_rows
 from tests.training.tiny import (
     assert_same,
@@ -178,6 +181,21 @@ def test_in_models_that_do_not_classify_text_they_are_compared_if_asked(
     for field, flag in (("hidden_weight", "output_hidden_states"), ("attention_weight", "output_attentions")):
         with pytest.raises(ValueError, match=rf"{field}=1\.0 asks .* the forward of Silent does not take {flag}"):
             run(tmp_path / "asked", make(0), **given, **{field: 1.0})
+
+
+def test_of_a_decorated_forward_the_decorator_counts() -> None:
+    model = Silent()
+    inner = model.forward
+
+    @functools.wraps(inner)
+    def forward(*args: Any, output_hidden_states: bool = False, **kwargs: Any) -> Any:
+        return inner(*args, **kwargs)
+
+    config = SparseDistillConfig(output_dir="out", use_cpu=True, hidden_weight=1.0)
+    with pytest.raises(ValueError, match="the forward of Silent does not take output_hidden_states"):
+        check_depths(model, model, config, 1.0)
+    model.forward = forward  # type: ignore[method-assign]
+    check_depths(model, model, config, 1.0)
 
 
 def test_a_batch_whose_states_do_not_fit_is_trained_without_them(

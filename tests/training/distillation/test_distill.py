@@ -159,6 +159,23 @@ def test_relative_hidden_states_do_not_depend_on_their_size_nor_on_padding() -> 
         hidden_loss(student, teacher, form="cosine")
 
 
+@pytest.mark.parametrize("form", ["relative", "mse"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_hidden_states_of_every_dtype_are_compared_in_float32(dtype: torch.dtype, form: str) -> None:
+    # Squares beyond the range of float16, and sums beyond the digits of bfloat16.
+    student, teacher = ((3e3 * torch.randn(2, 5, 64)).to(dtype) for _ in range(2))
+    student.requires_grad_()
+    mine, theirs = student.detach().double(), teacher.double()
+    expected = (mine - theirs).square().mean((1, 2))
+    if form == "relative":
+        expected = expected / theirs.square().mean((1, 2))
+    found = hidden_loss([student], [teacher], form=form)
+    found.backward()
+    assert found.dtype == torch.float32 and student.grad is not None and student.grad.dtype == dtype
+    assert found.item() == pytest.approx(expected.mean().item(), rel=1e-5)
+    assert bool(torch.isfinite(student.grad).all()) and bool(student.grad.any())
+
+
 def test_attention_maps_count_pairs_of_real_tokens() -> None:
     student, teacher = [torch.rand(2, 2, 3, 3)], [torch.rand(2, 2, 3, 3)]
     mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
