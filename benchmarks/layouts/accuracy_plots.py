@@ -120,7 +120,7 @@ def plot_courses(panels: Sequence[tuple[str, Results, str, Sequence[str]]], file
             if not courses:
                 continue
             dense = method in DENSE
-            colour = "0.5" if dense else colours.setdefault(method, f"C{len(colours)}")
+            colour = "black" if dense else colours.setdefault(method, f"C{len(colours)}")
             steps = [entry["step"] for entry in courses[0]]
             for key, style in (("dev_loss", "-o"), ("train_loss", "--")):
                 losses = [mean(entry[key] for entry in at) for at in zip(*courses, strict=True)]
