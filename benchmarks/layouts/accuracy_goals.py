@@ -134,22 +134,21 @@ def rivals(results: Results, task: str, ours: Mapping[str, Any]) -> tuple[str, s
     if not ahead:
         return None
     best, far = min(ahead, key=lambda name: ahead[name]), [name for name in ahead if not is_kin(name)]
-    text = f"{_beside(results, task, ours, best, ahead)}, the best of {len(ahead)} others"
+    errors = {name: error_of(results, task, [ours, {**ours, "method": name}]) for name in ahead}
+    text = f"{_beside(best, ahead[best], errors[best])}, the best of {len(ahead)} others"
     if far and best not in far:
         other = min(far, key=lambda name: ahead[name])
-        text += f"; {_beside(results, task, ours, other, ahead)}, the best that does not choose blocks by Fisher"
+        text += f"; {_beside(other, ahead[other], errors[other])}, the best that does not choose blocks by Fisher"
     if ahead[best] <= 0:
         return text, "no"
-    errors = {name: error_of(results, task, [ours, {**ours, "method": name}]) for name in ahead}
     if any(error is not None and ahead[name] <= 2 * error for name, error in errors.items()):
         return text, "within noise"
     alone = sum(error is None for error in errors.values())
     return text, f"yes, one seed in {alone} of {len(errors)}" if alone else "yes"
 
 
-def _beside(results: Results, task: str, ours: Mapping[str, Any], name: str, ahead: Mapping[str, float]) -> str:
-    error = error_of(results, task, [ours, {**ours, "method": name}])
-    return f"{ahead[name]:+.1f} ({'one seed' if error is None else f'± {error:.1f}'}) against *{name}*"
+def _beside(name: str, ahead: float, error: float | None) -> str:
+    return f"{ahead:+.1f} ({'one seed' if error is None else f'± {error:.1f}'}) against *{name}*"
 
 
 def points(results: Results, tasks: Sequence[str], one: Mapping[str, Any], other: Mapping[str, Any]) -> float | None:

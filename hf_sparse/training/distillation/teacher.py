@@ -150,7 +150,7 @@ def check_depths(student: nn.Module, teacher: nn.Module, config: SparseDistillCo
         hidden_weight: the weight in effect, with None resolved.
 
     Raises:
-        ValueError: naming the setting, the layers of both, and the way out.
+        ValueError: naming the setting, the layers of both or the forward that does not return them, and the way out.
     """
     own, others, layers = depths(student), depths(teacher), config.teacher_layers
     for field, weight in (("hidden_weight", hidden_weight), ("attention_weight", config.attention_weight)):
